@@ -1,0 +1,88 @@
+"""Facts: what a worker reports, one JSON object a line in its run folder's events.jsonl."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Fact(msgspec.Struct, frozen=True, kw_only=True, tag_field="fact"):
+    """Base of all worker facts. `seq` counts from 1 within a run and never repeats, over restarts too."""
+
+    seq: int
+    at: float
+    """Seconds since the epoch on the worker's machine."""
+
+
+class Started(Fact, frozen=True, kw_only=True, tag="started"):
+    attempt: int
+    pid: int
+    host: str
+    versions: dict[str, str]
+
+
+class Progress(Fact, frozen=True, kw_only=True, tag="progress"):
+    done: float
+    total: float
+    unit: str
+    """documents, samples, steps, windows, ..."""
+    rate_per_s: float | None
+    eta_s: float | None
+    note: str = ""
+
+
+class Records(Fact, frozen=True, kw_only=True, tag="records"):
+    """Rows that are safely on disk: `count` lines of results/<table>.jsonl from `offset_bytes`."""
+
+    table: str
+    offset_bytes: int
+    length_bytes: int
+    count: int
+
+
+class Note(Fact, frozen=True, kw_only=True, tag="note"):
+    level: str
+    """info | warning | error"""
+    text: str
+
+
+class Finished(Fact, frozen=True, kw_only=True, tag="finished"):
+    result: dict[str, Any]
+
+
+class Failed(Fact, frozen=True, kw_only=True, tag="failed"):
+    kind: str
+    """Name of the error class (jupiter_engine.errors)."""
+    title: str
+    detail: str
+    fix: str
+
+
+class Halted(Fact, frozen=True, kw_only=True, tag="halted"):
+    """The worker stopped at a safe point because it was asked to; starting it again continues."""
+
+
+AnyFact = Started | Progress | Records | Note | Finished | Failed | Halted
+
+decoder = msgspec.json.Decoder(AnyFact)
+
+
+class Metric(msgspec.Struct, frozen=True, kw_only=True):
+    """One optimizer step, a line of metrics.jsonl in the run folder."""
+
+    step: int
+    """Counts from 1."""
+    tokens: int
+    """Trained tokens so far (targets whose loss counts)."""
+    loss: float
+    """Mean cross-entropy in nats per counted target token of this step's batch, before the update."""
+    learning_rate: float
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    tokens_per_s: float
+    """Input tokens of the step over its wall time."""
+    seconds: float
+    at: float
+    rank_seconds: tuple[float, ...] = ()
+    """Compute time of each rank in this step."""

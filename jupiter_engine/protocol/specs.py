@@ -1,0 +1,184 @@
+"""What a stage is asked to do, in typed parts: settings compose them, orders carry them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Positive = Annotated[float, Meta(gt=0.0)]
+NotNegative = Annotated[float, Meta(ge=0.0)]
+Count = Annotated[int, Meta(ge=1)]
+CountOrZero = Annotated[int, Meta(ge=0)]
+Seed = Annotated[int, Meta(ge=0, le=2**62)]
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+Twin = Literal["mlx", "torch"]
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all specs: immutable, keyword-only, unknown keys refused."""
+
+
+class SourceSpec(Spec, frozen=True, kw_only=True):
+    """One place that documents come from."""
+
+    id: Name
+    type: Literal["stdlib", "files"]
+    """`stdlib`: the running interpreter's standard library; `files`: a local file or folder."""
+    parts: tuple[Literal["topics", "docstrings", "source"], ...] = ("topics", "docstrings", "source")
+    """For `stdlib`: language-reference topics, docstrings, source code."""
+    path: str | None = None
+    """For `files`: a file or folder; relative paths start at the domain file's folder."""
+    include: tuple[str, ...] = ("*.md", "*.rst", "*.txt", "*.py")
+    exclude: tuple[str, ...] = ()
+    license: str = "unknown"
+    """SPDX identifier stored with every document of the source."""
+    weight: Positive = 1.0
+    """Relative share of this source when training tokens are drawn."""
+    max_bytes: Annotated[int, Meta(ge=1)] | None = None
+    """Keep at most this many bytes of text from the source (whole documents, deterministic choice)."""
+
+
+class ChunkSpec(Spec, frozen=True, kw_only=True):
+    max_bytes: Annotated[int, Meta(ge=200)] = 2400
+    """Longest chunk, in UTF-8 bytes; a chunk never cuts a line."""
+    min_bytes: CountOrZero = 200
+
+
+class TemplateSpec(Spec, frozen=True, kw_only=True):
+    """One way of asking the generator for a sample."""
+
+    id: Name
+    type: Literal["qa", "explanation", "rephrase", "tutorial", "code", "debug", "conversation"]
+    prompt: str | None = None
+    """Own wording; may use {title}, {chunk}, {topic}. None: the built-in wording of the type."""
+    system_prompt: str | None = None
+    topics: tuple[str, ...] = ()
+    weight: NotNegative = 1.0
+
+
+class GenerationSpec(Spec, frozen=True, kw_only=True):
+    templates: tuple[TemplateSpec, ...]
+    samples: Count = 96
+    """Raw samples asked of the generator in one cycle."""
+    max_new_tokens: Count = 128
+    temperature: NotNegative = 0.7
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.95
+    batch_size: Count = 16
+    context_bytes: Count = 1200
+    """How much of a chunk is shown to the generator."""
+
+
+class FilterSpec(Spec, frozen=True, kw_only=True):
+    """Thresholds of the filter chain; a sample that fails one is kept, with the reason, as rejected."""
+
+    min_words: Count = 12
+    max_words: Count = 600
+    min_grounding: Share = 0.35
+    """Least share of the answer's content words that occur in its source chunk."""
+    max_copy: Share = 0.9
+    """Largest share of the answer's word 8-grams that stand verbatim in the chunk."""
+    max_repetition: Share = 0.3
+    """Largest share of the answer's words inside repeated word 4-grams."""
+    near_duplicate: Share = 0.75
+    """MinHash-estimated Jaccard similarity of word 5-grams from which a sample counts as a near duplicate."""
+    max_vault_run_words: Count = 30
+    """A sample sharing a run of this many words with a vault document is dropped (contamination)."""
+
+
+class MixSpec(Spec, frozen=True, kw_only=True):
+    """Shares of training tokens by class; they are normalised over the classes that have data."""
+
+    real_docs: NotNegative = 0.45
+    real_code: NotNegative = 0.25
+    synthetic: NotNegative = 0.30
+    real_floor: Share = 0.40
+    """Real tokens never fall below this share, whatever the other numbers say."""
+
+
+class OptimizerSpec(Spec, frozen=True, kw_only=True):
+    name: Literal["adamw"] = "adamw"
+    learning_rate: Positive = 1e-4
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.01
+
+
+class ScheduleSpec(Spec, frozen=True, kw_only=True):
+    kind: Literal["constant", "cosine"] = "cosine"
+    warmup_share: Share = 0.1
+    """Share of the run's tokens over which the rate rises linearly from zero."""
+    final_share: Share = 0.1
+    """Rate at the end, as a share of the peak (cosine)."""
+
+
+class Recipe(Spec, frozen=True, kw_only=True):
+    """Everything that fixes a training run except its data: the same recipe runs on either twin."""
+
+    start: str = "generator"
+    """`generator`: continue from the current generator; `scratch`: random weights of `preset`; else a model folder."""
+    preset: str | None = None
+    """Shape of a from-scratch model: nano, 125m, 350m, 500m, 1b, 3b."""
+    sequence_tokens: Annotated[int, Meta(ge=8)] = 256
+    batch_sequences: Count = 8
+    """Sequences of one optimizer step, over all ranks and micro-batches."""
+    micro_batch_sequences: Count = 8
+    steps: Count = 30
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    max_grad_norm: Positive = 1.0
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of matrix products; master weights and optimizer state stay float32."""
+    checkpoint_every_steps: Count = 10
+    keep_checkpoints: Count = 2
+    seed: Seed = 0
+
+
+class LaunchSpec(Spec, frozen=True, kw_only=True):
+    """How the ranks of a training group are started on this machine."""
+
+    twin: Twin
+    ranks: Count = 1
+    launcher: Literal["in_process", "torchrun", "mlx.launch"] = "in_process"
+    threads_per_rank: CountOrZero = 0
+    """CPU threads of one rank; 0 leaves the choice to the framework."""
+
+
+class EvaluationSpec(Spec, frozen=True, kw_only=True):
+    vault_share: Annotated[float, Meta(gt=0.0, lt=0.5)] = 0.10
+    slices: Count = 6
+    """Vault slices; each look at a new candidate uses the next one."""
+    windows: Count = 90
+    """Vault text windows scored for bits per byte at one look (at most what the slice holds)."""
+    window_bytes: Annotated[int, Meta(ge=200)] = 1200
+    context_bytes: CountOrZero = 300
+    """Bytes before each window that are shown but not scored."""
+    mcq_known: CountOrZero = 150
+    """K-items per look: facts from train documents (did it learn?)."""
+    mcq_vault: CountOrZero = 100
+    """V-items per look: facts from vault documents (does it generalise?)."""
+    fitness_chunks: CountOrZero = 32
+    """Vault chunks on which both models generate a sample; the filter chain says which are usable."""
+
+
+class GateSpec(Spec, frozen=True, kw_only=True):
+    """When a candidate replaces the generator."""
+
+    primary: Literal["vault_bpb", "mcq_known", "mcq_vault"] = "mcq_known"
+    alpha: Annotated[float, Meta(gt=0.0, lt=0.5)] = 0.05
+    """Chance that an incumbent is ever replaced by a candidate that is no better, over all looks."""
+    min_effect: NotNegative = 0.0
+    """The lower confidence bound of the improvement must exceed this."""
+    margin_vault_bpb: NotNegative = 0.01
+    """As a guard: bits per byte may be worse by no more than this share of the incumbent's."""
+    margin_mcq: Share = 0.08
+    """As a guard: accuracy may be lower by no more than this."""
+    margin_yield: Share = 0.25
+    """As a guard: the share of usable generated samples may be lower by no more than this."""
+    min_windows: Count = 40
+    min_items: Count = 60
+    min_documents: Count = 20

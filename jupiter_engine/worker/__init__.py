@@ -1,0 +1,1 @@
+"""The program started on a machine: reads one order, emits facts, writes results."""
