@@ -24,7 +24,11 @@ def main(argv: list[str]) -> int:
         print("usage: python -m jupiter_engine.worker RUN_FOLDER", file=sys.stderr)
         return ExitCode.USAGE
     folder = Path(argv[0])
-    context = RunContext(folder)
+    try:
+        context = RunContext(folder)
+    except JupiterError as error:
+        print(error.sentence(), file=sys.stderr)
+        return error.exit_code
 
     def ask_halt(_signal: int, _frame: object) -> None:
         (folder / "inbox" / "halt").touch()

@@ -1,0 +1,209 @@
+"""The Llama model in plain torch, with the Hugging Face parameter names.
+
+`Llama.hidden` serves training and scoring, `Llama.step` decoding against a
+preallocated key/value cache.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from jupiter_engine.backends.contract import Dtype
+from jupiter_engine.checkpoints.model_folder import ModelInfo, verify, weight_files
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_frequencies(info: ModelInfo) -> Tensor:
+    """Radians per position of each of the head_dim/2 pairs, float32 [head_dim / 2].
+
+    With `llama3` scaling long wavelengths are stretched by `factor`, short ones
+    are kept and those between are blended (the rule of Llama 3.1's release).
+    """
+    pairs = torch.arange(0, info.head_dim, 2, dtype=torch.int64).float()
+    frequencies = 1.0 / (info.rope_theta ** (pairs / info.head_dim))
+    scaling = info.rope_scaling
+    if scaling is None:
+        return frequencies
+    factor, low, high, original = (
+        float(scaling[key])
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    wavelengths = 2 * math.pi / frequencies
+    smooth = ((original / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth) * frequencies / factor + smooth * frequencies
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout. x [B, heads, T, head_dim]; cos, sin broadcastable to it.
+
+    `sin` carries the sign of the first half (see `Llama.rotary`).
+    """
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + swapped * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, info: ModelInfo) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = info.heads, info.kv_heads, info.head_dim
+        q, kv = info.heads * info.head_dim, info.kv_heads * info.head_dim
+        self.q_proj = nn.Linear(info.hidden_size, q, bias=False)
+        self.k_proj = nn.Linear(info.hidden_size, kv, bias=False)
+        self.v_proj = nn.Linear(info.hidden_size, kv, bias=False)
+        self.o_proj = nn.Linear(q, info.hidden_size, bias=False)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] -> rotated queries [B, heads, T, hd], rotated keys and values [B, kv_heads, T, hd]."""
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention and output projection; `mask` None is plain causal over equal lengths, else True = may see."""
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        return self.attend(*self.project(x, cos, sin), mask)
+
+
+class MLP(nn.Module):
+    def __init__(self, info: ModelInfo) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(info.hidden_size, info.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(info.hidden_size, info.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(info.intermediate_size, info.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, info: ModelInfo) -> None:
+        super().__init__()
+        self.self_attn = Attention(info)
+        self.mlp = MLP(info)
+        self.input_layernorm = RMSNorm(info.hidden_size, info.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(info.hidden_size, info.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, info: ModelInfo) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(info.vocab_size, info.hidden_size)
+        self.layers = nn.ModuleList(Layer(info) for _ in range(info.layers))
+        self.norm = RMSNorm(info.hidden_size, info.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """A Llama model; state_dict names equal those of transformers' LlamaForCausalLM.
+
+    A tied model has no `lm_head` parameter: the embedding is the output projection.
+    """
+
+    def __init__(self, info: ModelInfo) -> None:
+        super().__init__()
+        self.info = info
+        self.model = Decoder(info)
+        if not info.tied:
+            self.lm_head = nn.Linear(info.hidden_size, info.vocab_size, bias=False)
+        # A plain attribute, not a buffer: casting the model to bfloat16 must not round the angles.
+        self.frequencies = rotary_frequencies(info)
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Positions [...] -> cos, sin [..., head_dim]; angles in float32, sin negated in its first half."""
+        angles = positions.unsqueeze(-1).float() * self.frequencies.to(positions.device)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+    def hidden(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Final-norm hidden states.
+
+        tokens int64 [B, T]; segments integer [B, T] or None (one document a
+        row). With segments no position attends outside its own document
+        (documents are runs of equal numbers) and positions restart at each.
+        Returns [B, T, D] in the weights' (or autocast's) precision.
+        """
+        length = tokens.shape[1]
+        steps = torch.arange(length, device=tokens.device)
+        mask: Tensor | None = None
+        if segments is None:
+            positions = steps.unsqueeze(0)
+        else:
+            begins = torch.ones_like(segments, dtype=torch.bool)
+            begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            starts = torch.where(begins, steps, 0).cummax(dim=1).values
+            positions = steps - starts
+            # Same document and not later: with runs of equal numbers "same start" is "same document".
+            mask = (starts.unsqueeze(2) == starts.unsqueeze(1)) & (steps.unsqueeze(1) >= steps.unsqueeze(0))
+            mask = mask.unsqueeze(1)
+        x = self.model.embed_tokens(tokens)
+        cos, sin = self.rotary(positions, x.dtype)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, mask)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> logits [..., V] in the hidden states' precision."""
+        return F.linear(hidden, self.output_weight)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output projection [V, D]: the embedding itself where tied."""
+        return self.model.embed_tokens.weight if self.info.tied else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+        return self.logits(self.hidden(tokens, segments))
+
+
+def load_model(folder: Path, dtype: Dtype = "bfloat16", device: str | torch.device = "cpu") -> Llama:
+    """Verify a model folder and load it in the wanted precision (ModelInvalid when it is damaged)."""
+    info = verify(folder)
+    with torch.device("meta"):
+        model = Llama(info)
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        tensors.update(load_file(path))
+    wanted = model.state_dict().keys()
+    state = {name: tensors[name].to(device=device, dtype=DTYPES[dtype]) for name in wanted}
+    model.load_state_dict(state, strict=True, assign=True)
+    model.frequencies = rotary_frequencies(info)
+    return model
+
+
+def save_model(model: Any, folder: Path, dtype: Dtype = "bfloat16") -> None:
+    """Write model.safetensors into an existing folder, weights rounded to `dtype`.
+
+    Config and tokenizer are the caller's (see checkpoints.model_folder).
+    `model` is a Llama, or anything with its state_dict.
+    """
+    state = {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

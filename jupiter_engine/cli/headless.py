@@ -1,0 +1,158 @@
+"""The engine in the foreground: cycles to the end, one line or one JSON object an event, a documented exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from jupiter_engine.api import Recorded, Workspace, progress_text, sentence
+from jupiter_engine.errors import ExitCode, JupiterError, UsageError, exit_code_of
+from jupiter_engine.orchestrator.engine import Engine, EngineLock
+from jupiter_engine.protocol import journal as j
+from jupiter_engine.protocol.commands import StartCycles
+from jupiter_engine.protocol.state import CycleState
+
+PROGRESS_EVERY_S = 5.0
+
+
+class Narrator:
+    """Prints what the journal gains: sentences for people, or objects for programs."""
+
+    def __init__(self, workspace: Workspace, *, json: bool) -> None:
+        self._workspace = workspace
+        self._json = json
+        self._progress_at = 0.0
+        self._progress_seq = (0, "")
+        self.cycles: list[str] = []
+
+    def show(self) -> None:
+        for recorded in self._workspace.refresh():
+            self._entry(recorded)
+        self._progress()
+
+    def _entry(self, recorded: Recorded) -> None:
+        if isinstance(recorded.entry, j.CycleCreated):
+            self.cycles.append(recorded.entry.cycle)
+        if isinstance(recorded.entry, j.CycleStatus) and recorded.entry.cycle not in self.cycles:
+            self.cycles.append(recorded.entry.cycle)
+        if self._json:
+            print(msgspec.json.encode(recorded).decode(), flush=True)
+            return
+        text = sentence(recorded.entry)
+        if text is not None:
+            print(f"{time.strftime('%H:%M:%S', time.localtime(recorded.at))}  {text}", flush=True)
+
+    def _progress(self) -> None:
+        if time.monotonic() - self._progress_at < PROGRESS_EVERY_S:
+            return
+        cycle = self._workspace.state.latest_cycle()
+        stage = cycle.current_stage() if cycle is not None else None
+        if stage is None or not stage.run or stage.status != "running":
+            return
+        progress = self._workspace.progress(stage.run)
+        if progress is None or (progress.seq, stage.run) == self._progress_seq:
+            return
+        self._progress_at = time.monotonic()
+        self._progress_seq = (progress.seq, stage.run)
+        if self._json:
+            event = {"at": progress.at, "stage": stage.stage, "run": stage.run, "progress": progress}
+            print(msgspec.json.encode(event).decode(), flush=True)
+        else:
+            print(f"{time.strftime('%H:%M:%S')}    {progress_text(stage.stage, progress)}", flush=True)
+
+
+def run_auto(root: Path, domain: str, cycles: int, json: bool) -> int:  # noqa: FBT001 - called by keyword
+    """Run `cycles` cycles of `domain` with the filters and the gate deciding; returns the exit status.
+
+    The engine runs in this process; if one already serves the workspace, its work is followed
+    instead. SIGINT and SIGTERM bring the running stage to a safe point first (exit 130);
+    the same command then continues where it stopped.
+    """
+    workspace = Workspace(root)
+    narrator = Narrator(workspace, json=json)
+    command = StartCycles(domain=domain, cycles=cycles, mode="auto", by="auto")
+    if workspace.engine() is not None:
+        return _follow(workspace, narrator, command)
+    return asyncio.run(_serve(workspace, narrator, command))
+
+
+async def _serve(workspace: Workspace, narrator: Narrator, command: StartCycles) -> int:
+    lock = EngineLock(workspace.root)
+    engine = Engine(workspace.root)
+    interrupted = False
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        if not interrupted:
+            print("halting at the next safe point; the same command continues later", file=sys.stderr, flush=True)
+        interrupted = True
+        engine.ask_shut_down()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    try:
+        busy = next((c for c in engine.state.cycles.values() if c.active()), None)
+        if busy is None or busy.domain != command.domain:
+            number_ = engine.database.submit(command)
+            await engine.step()
+            refusal = engine.database.command_answer(number_)[1]
+            if refusal is not None:
+                raise UsageError(refusal, title="Refused")
+        else:
+            # An engine that was killed left the cycle running: this is the resume.
+            narrator.cycles.append(busy.id)
+        serving = asyncio.create_task(engine.serve(idle_exit_s=0.0))
+        while not serving.done():
+            narrator.show()
+            await asyncio.wait([serving], timeout=0.2)
+        await serving
+        narrator.show()
+    finally:
+        engine.database.close()
+        del lock
+    return ExitCode.INTERRUPTED if interrupted else _exit_code(workspace, narrator)
+
+
+def _follow(workspace: Workspace, narrator: Narrator, command: StartCycles) -> int:
+    active = next((c for c in workspace.state.cycles.values() if c.active() and c.domain == command.domain), None)
+    if active is None:
+        workspace.perform(command)
+        created = workspace.state.latest_cycle(command.domain)
+        assert created is not None
+        narrator.cycles.append(created.id)
+    else:
+        narrator.cycles.append(active.id)
+    try:
+        while True:
+            narrator.show()
+            if not any(c.active() for c in workspace.state.cycles.values()):
+                break
+            workspace.ensure_engine()
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        print("detached; the engine goes on (see `jupiter status`)", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    return _exit_code(workspace, narrator)
+
+
+def _exit_code(workspace: Workspace, narrator: Narrator) -> int:
+    """The most telling outcome of the cycles that this command saw."""
+    cycles: list[CycleState] = [workspace.state.cycles[name] for name in narrator.cycles]
+    if not cycles:
+        raise JupiterError("no cycle was run", fix="see `jupiter status`")
+    for cycle in cycles:
+        if cycle.status == "failed":
+            failure = next(s.failure for s in cycle.stages.values() if s.failure is not None)
+            return exit_code_of(failure.kind)
+        if cycle.status in ("paused", "stopped"):
+            return ExitCode.INTERRUPTED
+    last = cycles[-1]
+    if last.decision is not None and last.decision.verdict == "not_enough_data":
+        return ExitCode.NOT_ENOUGH_DATA
+    return ExitCode.DONE

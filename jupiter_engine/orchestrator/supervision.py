@@ -1,0 +1,178 @@
+"""One worker stage from start to result: start or re-attach, take in its facts, restart it if it dies."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+
+from jupiter_engine.errors import StateError
+from jupiter_engine.files import ProcessIdentity
+from jupiter_engine.orchestrator.database import Database
+from jupiter_engine.protocol import facts, journal
+from jupiter_engine.protocol.orders import AnyOrder
+from jupiter_engine.protocol.rows import Sample, Verdict
+from jupiter_engine.remote.port import Remote
+from jupiter_engine.units import plain_text
+
+WORKER_ENV = {
+    "PYTHONUNBUFFERED": "1",
+    # Nothing in a cycle may reach for a hub behind the user's back.
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+STOP_GRACE_S = 60.0
+"""A training step on a slow machine must fit in, so that a stop ends in a checkpoint and not in a kill."""
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """state.json of a run folder, as the worker writes it."""
+
+    worker: ProcessIdentity
+    attempt: int
+
+
+class StageRun:
+    """The engine's side of one run folder."""
+
+    def __init__(
+        self, database: Database, remote: Remote, folder: Path, *, cycle: str, domain: str, number: int, stage: str
+    ) -> None:
+        self.folder = folder
+        self.run = folder.name
+        self.cycle = cycle
+        self.stage = stage
+        self._database = database
+        self._remote = remote
+        self._domain = domain
+        self._number = number
+        self._process: ProcessIdentity | None = None
+        self.outcome: facts.Finished | facts.Failed | None = None
+        self.halted = False
+
+    async def begin(self, order: AnyOrder, *, attempt: int) -> None:
+        """Write the order (once) and start a worker, or re-attach to the one that is still at work."""
+        spec = self.folder / "spec.json"
+        if not await self._remote.read(spec):
+            await self._remote.write(spec, msgspec.json.encode(order))
+        with self._database.transaction():
+            self._database.add_run(self.run, self._domain, self._number, self.stage)
+            self._database.append(
+                journal.StageStarted(cycle=self.cycle, stage=self.stage, run=self.run, attempt=attempt)
+            )
+        self._process = await self._living_worker()
+        if self._process is None:
+            await self._remote.remove(self.folder / "inbox" / "halt")
+            self.halted = False
+            self._process = await self._remote.start(
+                (sys.executable, "-m", "jupiter_engine.worker", str(self.folder)),
+                folder=self.folder,
+                log=self.folder / "worker.log",
+                env=WORKER_ENV,
+            )
+
+    async def _living_worker(self) -> ProcessIdentity | None:
+        data = await self._remote.read(self.folder / "state.json")
+        if not data:
+            return None
+        identity = msgspec.json.decode(data, type=RunState).worker
+        return identity if await self._remote.alive(identity) else None
+
+    async def working(self) -> bool:
+        """Whether a worker lives; one that another start left behind counts too."""
+        if self._process is not None and await self._remote.alive(self._process):
+            return True
+        self._process = await self._living_worker()
+        return self._process is not None
+
+    async def ask_halt(self) -> None:
+        await self._remote.write(self.folder / "inbox" / "halt", b"")
+
+    async def kill(self) -> None:
+        if self._process is not None:
+            await self._remote.stop(self._process, grace_s=STOP_GRACE_S)
+
+    async def log_tail(self, size_bytes: int = 2000) -> str:
+        data = await self._remote.read(self.folder / "worker.log")
+        return plain_text(data[-size_bytes:].decode("utf-8", "replace")).strip()
+
+    async def take_in(self) -> bool:
+        """Take in the facts that have come; True if there were any.
+
+        Rows, journal entries and the read position enter in one transaction.
+        """
+        offset, last_seq = self._database.run_position(self.run)
+        data = await self._remote.read(self.folder / "events.jsonl", offset)
+        data = data[: data.rfind(b"\n") + 1]
+        if not data:
+            return False
+        progress: facts.Progress | None = None
+        with self._database.transaction():
+            for line in data.splitlines():
+                fact = facts.decoder.decode(line)
+                if fact.seq <= last_seq:
+                    continue
+                last_seq = fact.seq
+                if isinstance(fact, facts.Progress):
+                    progress = fact
+                else:
+                    await self._take_in_fact(fact)
+            if progress is not None:
+                self._database.set_progress(self.run, progress)
+            self._database.set_run_position(self.run, offset + len(data), last_seq)
+        return True
+
+    async def _take_in_fact(self, fact: facts.AnyFact) -> None:
+        match fact:
+            case facts.Records():
+                await self._take_in_rows(fact)
+            case facts.Note():
+                text = plain_text(fact.text)
+                self._database.append(journal.Noted(cycle=self.cycle, stage=self.stage, level=fact.level, text=text))
+            case facts.Finished():
+                self.outcome = fact
+                self._database.append(
+                    journal.StageFinished(cycle=self.cycle, stage=self.stage, run=self.run, result=fact.result)
+                )
+            case facts.Failed():
+                self.outcome = fact
+                self.append_failure(fact.kind, fact.title, fact.detail, fact.fix)
+            case facts.Halted():
+                self.halted = True
+
+    def append_failure(self, kind: str, title: str, detail: str, fix: str) -> None:
+        self._database.append(
+            journal.StageFailed(
+                cycle=self.cycle,
+                stage=self.stage,
+                run=self.run,
+                kind=kind,
+                title=plain_text(title),
+                detail=plain_text(detail),
+                fix=plain_text(fix),
+            )
+        )
+
+    async def _take_in_rows(self, fact: facts.Records) -> None:
+        data = await self._remote.read(self.folder / "results" / f"{fact.table}.jsonl", fact.offset_bytes)
+        data = data[: fact.length_bytes]
+        lines = data.splitlines()
+        if len(data) != fact.length_bytes or len(lines) != fact.count:
+            raise StateError(
+                f"{self.folder}/results/{fact.table}.jsonl lacks rows that its worker reported ({fact.count} expected)",
+                fix="remove the run folder and resume the cycle: the stage is then done again",
+            )
+        rows = self._database.add_rows(fact.table, self._domain, self._number, self.run, lines)
+        counts: Counter[str] = Counter()
+        for row in rows:
+            if isinstance(row, Sample):
+                counts[row.template] += 1
+            elif isinstance(row, Verdict):
+                counts["ok" if row.accepted else row.reason] += 1
+        self._database.append(
+            journal.RowsAdded(
+                cycle=self.cycle, stage=self.stage, table=fact.table, count=len(rows), counts=dict(counts)
+            )
+        )

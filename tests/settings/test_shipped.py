@@ -1,0 +1,50 @@
+"""Every settings file that Jupiter comes with loads, and says what it seems to say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jupiter_engine.settings import workspace
+from jupiter_engine.settings.cluster import launch_spec, load_cluster, local_roles
+from jupiter_engine.settings.domain import check_paths, load_domain
+
+SHIPPED = workspace.shipped_folder()
+DOMAIN_FILES = sorted((SHIPPED / "domains").glob("*.yaml"))
+
+
+def test_the_shipped_files_are_all_known_here() -> None:
+    files = {str(file.relative_to(SHIPPED)) for file in SHIPPED.rglob("*") if file.is_file()}
+    assert files == {"cluster.yaml", "domains/_template.yaml", "domains/python.yaml"}
+
+
+@pytest.mark.parametrize("file", DOMAIN_FILES, ids=lambda file: file.name)
+def test_a_shipped_domain_loads_without_a_warning(file: Path) -> None:
+    assert load_domain(file).warnings == ()
+
+
+def test_the_python_domain_runs_with_no_network_and_no_other_file() -> None:
+    loaded = load_domain(SHIPPED / "domains" / "python.yaml")
+    check_paths(loaded)
+    settings = loaded.value
+    assert [source.type for source in settings.sources] == ["stdlib"]
+    assert settings.base == "smollm2"
+    assert (settings.training.sequence_tokens, settings.training.batch_sequences) == (256, 8)
+    assert settings.training.optimizer.learning_rate == 1e-4
+    assert {template.type for template in settings.generation.templates} >= {"qa", "explanation", "rephrase", "code"}
+
+
+def test_the_shipped_cluster_is_this_machine_for_everything() -> None:
+    loaded = load_cluster(SHIPPED / "cluster.yaml")
+    assert loaded.warnings == ()
+    assert local_roles(loaded.value) == {"generate", "train", "evaluate"}
+    assert launch_spec(loaded.value).launcher == "in_process"
+
+
+def test_the_package_carries_the_files_of_the_repository() -> None:
+    """jupiter_engine/settings/shipped is a link to config/, so a wheel holds exactly those files."""
+    link = Path(workspace.__file__).parent / "shipped"
+    assert link.is_symlink()
+    assert os.path.samefile(link, Path(workspace.__file__).parents[2] / "config")
