@@ -22,6 +22,7 @@ from jupiter_engine.files import sha256_text
 from jupiter_engine.protocol.rows import Chunk, Document, Item
 
 OPTIONS = 4
+_CANDIDATES = 40
 _COVERAGE_NGRAM = 8
 _MAX_COVERED = 0.5
 
@@ -152,16 +153,17 @@ def _distractors(draft: Draft, groups: dict[str, list[str]], rng: random.Random)
     How many shall be longer than the answer is drawn first, so "take the longest" wins no more than chance.
     """
     longer_wanted = rng.randrange(OPTIONS)
+    size = len(draft.answer)
     for group in (*draft.groups, ""):
-        fitting = [a for a in groups.get(group, []) if a != draft.answer and draft.accepts(a)]
+        candidates = [a for a in groups.get(group, []) if a != draft.answer]
+        # A large pool is sampled: checking thousands of siblings for every item would cost minutes.
+        candidates = rng.sample(candidates, min(len(candidates), _CANDIDATES))
+        # Far too long or short a sibling gives itself away; among the rest the choice is free.
+        fitting = sorted(filter(draft.accepts, candidates), key=lambda a: abs(len(a) - size) > max(8, size))
         if len(fitting) < OPTIONS - 1:
             continue
-        # Far too long or short a sibling gives itself away; among the rest the choice is free.
-        rng.shuffle(fitting)
-        size = len(draft.answer)
-        fitting.sort(key=lambda a: abs(len(a) - size) > max(8, size))
         longer = [a for a in fitting if len(a) > size or (len(a) == size and longer_wanted)]
-        shorter = [a for a in fitting if a not in longer]
+        shorter = [a for a in fitting if len(a) < size or (len(a) == size and not longer_wanted)]
         take = min(len(longer), max(longer_wanted, OPTIONS - 1 - len(shorter)))
         if (take == 0) != (longer_wanted == 0) or (take == OPTIONS - 1) != (longer_wanted == OPTIONS - 1):
             continue  # the answer would stand out by its length although the draw said otherwise

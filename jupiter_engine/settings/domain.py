@@ -271,7 +271,7 @@ def _check_filters(settings: DomainSettings, found: Findings) -> None:
     filters = settings.filters
     if filters.min_words > filters.max_words:
         found.problem("filters.min_words", f"is larger than filters.max_words ({filters.max_words})")
-    if filters.min_words > settings.generation.max_new_tokens:
+    elif filters.min_words > settings.generation.max_new_tokens:
         text = f"is larger than generation.max_new_tokens ({settings.generation.max_new_tokens}): no sample could pass"
         found.problem("filters.min_words", text)
 

@@ -26,7 +26,6 @@ REFUSED: Final[dict[str, str]] = {
         "a checkpoint is written every `training.checkpoint_every_steps` steps (domain file) and survives"
         " any failure; remove the key"
     ),
-    "auto_restart_failed_nodes": "write `retries: {worker_restarts: 2}` (0: never restart)",
     "training": f"{_DOMAIN}, section `training`",
     "generation": f"{_DOMAIN}, section `generation`",
     "evaluation": f"{_DOMAIN}, section `evaluation`",
@@ -51,7 +50,7 @@ REFUSED: Final[dict[str, str]] = {
 """Dotted key (list positions written `[]`) -> why it is not taken and what to do instead."""
 
 # Older switches whose harmless setting says what Jupiter does anyway.
-_AS_ALWAYS: Final = {"sync_every_n_steps": "1", "gradient_compression": "false"}
+_AS_ALWAYS: Final = {"sync_every_n_steps": "1", "gradient_compression": "false", "checkpoint_on_failure": "true"}
 
 
 def rewrite(top: Mapping, found: Findings) -> None:

@@ -230,6 +230,7 @@ def _template_weights(generation: Mapping, templates: list[Mapping], found: Find
             found.problem_at(weights.place, text)
         return
     by_type: dict[str, list[Mapping]] = {}
+    matching = True
     for item in templates:
         kind = item.get("type")
         if isinstance(kind, Scalar):
@@ -240,6 +241,7 @@ def _template_weights(generation: Mapping, templates: list[Mapping], found: Find
         if number is None:
             found.problem_at(value.place, f"{shown}: expected a number of at least 0")
         elif not same:
+            matching = False
             known = ", ".join(by_type) or "none"
             found.problem_at(value.place, f"{shown} names a type that no template has (types here: {known})")
         elif any("weight" in item.entries for item in same):
@@ -247,7 +249,7 @@ def _template_weights(generation: Mapping, templates: list[Mapping], found: Find
         else:
             for item in same:
                 item.put("weight", Scalar(f"{number / len(same):.6f}", "float", False, value.place), value.place)
-    if weights.entries:
+    if weights.entries and matching:
         for name, items in by_type.items():
             if name not in weights.entries and not any("weight" in item.entries for item in items):
                 # A type that is left out got a quarter in the first design; say so rather than guess on.

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import numpy as np
 
 from jupiter_engine.backends import load_generator, load_scorer
-from jupiter_engine.backends.contract import Dtype, GenerateRequest, Scorer
+from jupiter_engine.backends.contract import Dtype, GenerateRequest
 from jupiter_engine.checkpoints.model_folder import ModelInfo, folder_sha256, verify
 from jupiter_engine.errors import ModelInvalid
 from jupiter_engine.protocol.orders import EvaluateOrder, ModelRef
@@ -86,13 +86,13 @@ class _Journal:
 
     def __init__(self, context: RunContext, units: Sequence[Unit], models: Sequence[ModelRef]) -> None:
         self._context = context
-        self._efforts = {(model.sha256, unit.task, unit.id): unit.effort for model in models for unit in units}
+        self._efforts = {_key(model, unit): unit.effort for model in models for unit in units}
         rows = [row for row in context.existing(Score) if _place(row) in self._efforts]
         self._rows = {_place(row): row for row in rows}
         self.cached = 0
 
     def missing(self, model: ModelRef, units: Sequence[Unit]) -> list[Unit]:
-        return [unit for unit in units if (model.sha256, unit.task, unit.id) not in self._rows]
+        return [unit for unit in units if _key(model, unit) not in self._rows]
 
     def add(self, model: ModelRef, scored: Sequence[tuple[Unit, CachedScore]]) -> None:
         rows = [
@@ -124,6 +124,10 @@ class _Journal:
         done = sum(self._efforts[place] for place in self._rows)
         percent = 100.0 if len(self._rows) == len(self._efforts) else min(99.9, 100.0 * done / total)
         self._context.progress(percent, 100.0, "percent", f"{note}, {len(self._rows)} of {len(self._efforts)} units")
+
+
+def _key(model: ModelRef, unit: Unit) -> tuple[str, str, str]:
+    return (model.sha256, unit.task, unit.id)
 
 
 def _place(row: Score) -> tuple[str, str, str]:
@@ -174,9 +178,7 @@ class _Evaluation:
 
     def _keep(self, scored: Sequence[tuple[Unit, float, str]]) -> None:
         """Cache first, then the run's rows: whatever a kill leaves between the two is found again in the cache."""
-        finished = [
-            (unit, CachedScore(key=unit.key, value=value, answer=answer)) for unit, value, answer in scored
-        ]
+        finished = [(unit, CachedScore(key=unit.key, value=value, answer=answer)) for unit, value, answer in scored]
         self._cache.add(score for _, score in finished)
         self._journal.add(self._model, finished)
         self._context.check_halt()

@@ -18,14 +18,7 @@ Line = list[Span]
 
 MARKS: Final = {"ok": ("ok", "good"), "run": ("..", "accent"), "bad": ("!!", "bad"), "none": ("--", "dim")}
 
-_ASCII: Final = str.maketrans(
-    {
-        "▸": ">", "·": "|", "…": "~", "─": "-", "━": "=", "│": "|", "┤": "+", "├": "+", "└": "+", "┘": "+",
-        "┌": "+", "┐": "+", "┴": "+", "┬": "+", "┼": "+", "█": "#", "▓": "#", "░": ".", "●": "*", "◆": "*",
-        "→": ">", "←": "<", "↑": "^", "↓": "v", "×": "x", "≥": ">", "≤": "<", "Δ": "d", "–": "-", "—": "-",
-        "’": "'", "“": '"', "”": '"', "±": "+",
-    }
-)  # fmt: skip
+_ASCII: Final = str.maketrans("▸·…●◆→←↑↓×≥≤Δ–—’“”±✓", ">|~**><^vx><d--'\"\"+v")
 # Text that flips its own direction or hides itself could make a screen lie without any escape sequence.
 _HIDDEN: Final = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0xFEFF))
 
@@ -39,12 +32,22 @@ def one_line(text: str) -> str:
     return " ".join(clean(text).split())
 
 
+def _ascii_cell(character: str) -> str:
+    code = ord(character)
+    if 0x2500 <= code <= 0x257F:
+        return {"─": "-", "━": "-", "═": "-", "│": "|", "┃": "|", "║": "|"}.get(character, "+")
+    if 0x2580 <= code <= 0x259F:
+        return "." if character == "░" else "#"
+    if 0x2800 <= code <= 0x28FF:
+        return " " if code == 0x2800 else "*"
+    return character
+
+
 def to_ascii(text: str) -> str:
-    """Own glyphs transliterated one for one (lengths stay); braille cells become dots."""
-    text = text.translate(_ASCII)
+    """Glyphs of the console itself transliterated one for one, so every width stays; other letters are data and stay."""
     if text.isascii():
         return text
-    return "".join((" " if c == "\u2800" else "*") if "\u2800" <= c <= "\u28ff" else c for c in text)
+    return "".join(map(_ascii_cell, text.translate(_ASCII)))
 
 
 def span(text: object, style: str = "") -> Span:

@@ -120,9 +120,7 @@ def _test_text(totals: Floats, weights: Floats, threshold: float, alpha: float, 
     )
 
 
-def _test_share(
-    pairs: Pairs, totals: Floats, weights: Floats, threshold: float, alpha: float, seed: int
-) -> _Tested:
+def _test_share(pairs: Pairs, totals: Floats, weights: Floats, threshold: float, alpha: float, seed: int) -> _Tested:
     """0/1 outcomes. Superiority over zero: the larger of exact mid-p McNemar (units as independent) and clustered sign
     flips, so a wrong idea of the clustering cannot promote. Any other threshold: Tango's score test, its variance
     inflated by the design effect.

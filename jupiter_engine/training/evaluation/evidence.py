@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -110,9 +110,3 @@ def _pairs(task: Task, ours: Sequence[Score], theirs: Sequence[Score]) -> Pairs:
         incumbent_answers=tuple(score.answer for score in theirs),
     )
 
-
-def task_of(name: str) -> Task:
-    """The task with this name; names come from typed settings, so anything else is a bug."""
-    if name not in TASKS:
-        raise ValueError(f"no task is called {name}")
-    return cast("Task", name)

@@ -52,11 +52,10 @@ def assignments(
     usable = [template for template in generation.templates if template.weight > 0]
     if not usable:
         return []
+    passages = alternated(strata, count)
+    walk = _walk([template.weight for template in usable], len(passages))
     return [
-        _assignment(chunk, usable[index], f"{draw} {chunk.id}")
-        for chunk, index in zip(
-            passages := alternated(strata, count), _walk([t.weight for t in usable], len(passages)), strict=True
-        )
+        _assignment(chunk, usable[index], f"{draw} {chunk.id}") for chunk, index in zip(passages, walk, strict=True)
     ]
 
 

@@ -82,9 +82,7 @@ def decide(
     )
 
 
-def _measure_all(
-    gate: GateSpec, pairs: dict[Task, Pairs], alpha: float, seed: int
-) -> tuple[list[Endpoint], list[str]]:
+def _measure_all(gate: GateSpec, pairs: dict[Task, Pairs], alpha: float, seed: int) -> tuple[list[Endpoint], list[str]]:
     """The primary first, then the guards; and what is missing for a decision."""
     order: list[Task] = [gate.primary, *(task for task in TASKS if task != gate.primary)]
     endpoints: list[Endpoint] = []

@@ -186,19 +186,21 @@ def detectable(standard_error: float, alpha: float, power: float = POWER) -> flo
     return (normal_quantile(1.0 - alpha) + normal_quantile(power)) * standard_error
 
 
-def detectable_share(discordant: float, units: int, alpha: float, *, design: float = 1.0, power: float = POWER) -> float:
+def detectable_share(
+    discordant: float, units: int, alpha: float, *, design: float = 1.0, power: float = POWER
+) -> float:
     """Minimum detectable difference of two paired accuracies.
 
-    Solves n = z^2 * (p_d - d^2) / d^2 for d, z = z_{1-alpha} + z_power: d = z * sqrt(p_d / (n + z^2)), with n divided by
-    the design effect. `discordant`: share p_d of items on which the models differ. Never above p_d itself
-    (a difference cannot exceed the discordance) unless p_d is that small that nothing is detectable.
+    Solves n = z^2 * (p_d - d^2) / d^2 for d, z = z_{1-alpha} + z_power: d = z * sqrt(p_d / (n + z^2)), with n divided
+    by the design effect. `discordant`: share p_d of items on which the models differ. A result above p_d says that
+    nothing is detectable: no difference can exceed the discordance.
     """
     z = normal_quantile(1.0 - alpha) + normal_quantile(power)
     return z * math.sqrt(discordant / (units / design + z * z))
 
 
 def units_needed(effect: float, discordant: float, alpha: float, *, power: float = POWER) -> int:
-    """Items needed to find a true accuracy difference: n = (z_{1-alpha} + z_power)^2 * (p_d - d^2) / d^2, rounded up."""
+    """Items that find a true accuracy difference d: n = (z_{1-alpha} + z_power)^2 * (p_d - d^2) / d^2, rounded up."""
     z = normal_quantile(1.0 - alpha) + normal_quantile(power)
     return math.ceil(z * z * (discordant - effect * effect) / (effect * effect))
 

@@ -52,9 +52,7 @@ def units_of_look(
 
     `arithmetic` names what computes the numbers (twin and precision): scores of different arithmetic are kept apart.
     """
-    units = [
-        _window_unit(window, arithmetic) for window in vault_windows(chunks, evaluation, slice_number, seed)
-    ]
+    units = [_window_unit(window, arithmetic) for window in vault_windows(chunks, evaluation, slice_number, seed)]
     pools: tuple[tuple[str, Task, int], ...] = (
         ("known", "mcq_known", evaluation.mcq_known),
         ("vault", "mcq_vault", evaluation.mcq_vault),
@@ -104,8 +102,16 @@ def _fitness_unit(passage: Assignment, generation: GenerationSpec, filter_spec: 
         cluster=passage.chunk.cluster,
         weight=1.0,
         key=content_key(
-            "yield", FITNESS_VERSION, arithmetic, sampling, generation.context_bytes, generation.batch_size,
-            passage.template, passage.chunk.title, passage.chunk.text, filter_spec,
+            "yield",
+            FITNESS_VERSION,
+            arithmetic,
+            sampling,
+            generation.context_bytes,
+            generation.batch_size,
+            passage.template,
+            passage.chunk.title,
+            passage.chunk.text,
+            filter_spec,
         ),
         effort=shown / BYTES_PER_TOKEN + generation.max_new_tokens * DECODE_EFFORT,
         subject=passage,

@@ -105,13 +105,13 @@ def test_a_guard_lets_a_candidate_at_its_margin_pass_about_alpha_of_the_time() -
 
 @pytest.mark.slow
 def test_whole_decisions_on_equal_models_are_rarely_promotions() -> None:
-    """150 first looks of the whole gate, no true difference: at most a handful promote (alpha_1 alone allows 4.6)."""
+    """60 first looks of the whole gate, no true difference: at most a handful promote (alpha_1 alone allows 1.8)."""
     world = World(items=150, windows=90, chunks=40)
     gate = GateSpec()
-    verdicts = [decide(gate, CANDIDATE, INCUMBENT, scores(world, seed), [], 1, 0, seed).verdict for seed in range(150)]
-    assert verdicts.count("promote") <= 6
-    assert verdicts.count("worse") <= 25
-    assert verdicts.count("inconclusive") >= 110
+    verdicts = [decide(gate, CANDIDATE, INCUMBENT, scores(world, seed), [], 1, 0, seed).verdict for seed in range(60)]
+    assert verdicts.count("promote") <= 4
+    assert verdicts.count("worse") <= 12
+    assert verdicts.count("inconclusive") >= 45
 
 
 @pytest.mark.slow
@@ -120,5 +120,5 @@ def test_whole_decisions_find_a_large_gain_and_a_large_loss() -> None:
     worse = World(bits=-0.05, known=-0.14, vault=-0.08, usable=-0.10, items=300)
     gate = GateSpec()
     for world, verdict in ((better, "promote"), (worse, "worse")):
-        reached = [decide(gate, CANDIDATE, INCUMBENT, scores(world, seed), [], 1, 0, seed).verdict for seed in range(20)]
-        assert reached.count(verdict) >= 18, (verdict, reached)
+        reached: list[str] = [decide(gate, CANDIDATE, INCUMBENT, scores(world, seed), [], 1, 0, seed).verdict for seed in range(8)]
+        assert reached.count(verdict) >= 7, (verdict, reached)
