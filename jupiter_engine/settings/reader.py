@@ -8,6 +8,7 @@ column and key, say what stands there and what is expected, and suggest the near
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -91,19 +92,26 @@ class Findings:
         raise ConfigError(detail, fix="correct the file, then try again", problems=tuple(sentences))
 
 
+_type_info = functools.cache(mi.type_info)
+
+
 def _line_order(problem: Problem) -> tuple[int, int, str]:
     return (problem.place.line, problem.place.column, problem.text) if problem.place else (0, 0, problem.text)
 
 
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def shown(path: Path) -> str:
     """A path as it stands in messages: printable, whatever bytes the file name holds."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(path))
+    return _printable(str(path))
 
 
 def located(path: Path, place: Place | None, text: str) -> str:
     """`config/cluster.yaml, line 3, column 5: <text>.`"""
     where = f", line {place.line}, column {place.column}" if place else ""
-    return f"{shown(path)}{where}: {text}" + ("" if text.endswith((".", "?")) else ".")
+    return _printable(f"{path}{where}: {text}") + ("" if text.endswith((".", "?")) else ".")
 
 
 def load(
@@ -136,7 +144,7 @@ def load(
     found.places[""] = top.place
     if rewrite is not None:
         rewrite(top, found)
-    plain = _Walk(found, kind, refused or {}).struct(top, mi.type_info(kind), "")  # type: ignore[arg-type]
+    plain = _Walk(found, kind, refused or {}).struct(top, _type_info(kind), "")  # type: ignore[arg-type]
     found.raise_if_any()
     try:
         value = msgspec.convert(plain, kind)
@@ -306,7 +314,7 @@ class _Walk:
             if len(known) > 1:
                 text += f" Known here: {', '.join(known)}"
         else:
-            places = [path for path, _ in leaves(mi.type_info(self._kind)) if path.rpartition(".")[2] == name]
+            places = [path for path, _ in leaves(_type_info(self._kind)) if path.rpartition(".")[2] == name]
             text += f"; it belongs at `{places[0]}`" if places else ""
             text += f"; known here: {', '.join(known)}"
         if key_node.tag == "bool" and not key_node.quoted:

@@ -41,6 +41,13 @@ def shipped_folder() -> Path:
     raise JupiterError(f"the shipped settings are missing from {package}", fix="install Jupiter again")
 
 
+def _has_cluster_file(path: Path) -> bool:
+    try:
+        return (path / CLUSTER_FILE).is_file()
+    except OSError:  # no permission, a name too long: whoever uses the folder next says which
+        return False
+
+
 def find_workspace(explicit: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
     """Where the workspace is; the folder need not exist yet.
 
@@ -52,7 +59,7 @@ def find_workspace(explicit: Path | None, environ: Mapping[str, str], cwd: Path)
     home = environ.get("JUPITER_HOME", "")
     if home:
         return cwd / Path(home).expanduser()
-    if (cwd / CLUSTER_FILE).is_file():
+    if _has_cluster_file(cwd):
         return cwd
     return Path(environ.get("HOME") or Path.home()).absolute() / ".jupiter"
 
@@ -64,7 +71,7 @@ def create(path: Path) -> list[Path]:
     removed does not come back. The cluster file is written last: a copy that was cut short is
     completed the next time.
     """
-    if (path / CLUSTER_FILE).is_file():
+    if _has_cluster_file(path):
         return []
     return init(path)
 

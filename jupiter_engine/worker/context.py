@@ -159,6 +159,11 @@ class RunContext:
             file = self._files["\0metrics"] = (self.folder / "metrics.jsonl").open("ab")
         self._append(file, msgspec.json.encode(metric) + b"\n")
 
+    def close(self) -> None:
+        """Close the files and release the lock, as the end of the process does; the context is of no use afterwards."""
+        for file in (*self._files.values(), self._events, self._lock):
+            file.close()
+
     # -- control ---------------------------------------------------------------------------------
     def halt_asked(self) -> bool:
         return (self.folder / "inbox" / "halt").exists()

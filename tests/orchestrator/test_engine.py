@@ -215,7 +215,7 @@ async def test_a_reported_failure_fails_the_cycle_and_start_continues_it(rig: Ri
     assert rig.worker.finished.count("python-0001-prepare") == 1
 
 
-@pytest.mark.parametrize("kills_at", range(0, 40))
+@pytest.mark.parametrize("kills_at", range(40))
 async def test_engine_killed_after_any_step_finishes_with_nothing_lost_or_done_twice(rig: Rig, kills_at: int) -> None:
     """The 40 kill points cover every transition of a whole cycle."""
     rig.ask(AUTO)

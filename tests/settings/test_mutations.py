@@ -26,15 +26,17 @@ def check(file: Path, name: str) -> bool:
     try:
         (load_cluster if name == "cluster.yaml" else load_domain)(file)
     except ConfigError as error:
-        assert error.problems
-        for problem in error.problems:
-            assert problem.startswith(str(file)), problem
-            assert re.match(r".*\.yaml, line \d+, column \d+: ", problem) or OF_THE_FILE.search(problem), problem
-            assert problem.endswith((".", "?")), problem
-            assert problem.isprintable(), problem
-        assert error.sentence().isprintable()
-        return True
-    return False
+        refused = error
+    else:
+        return False
+    assert refused.problems
+    for problem in refused.problems:
+        assert problem.startswith(str(file)), problem
+        assert re.match(r".*\.yaml, line \d+, column \d+: ", problem) or OF_THE_FILE.search(problem), problem
+        assert problem.endswith((".", "?")), problem
+        assert problem.isprintable(), problem
+    assert refused.sentence().isprintable()
+    return True
 
 
 def flip_bytes(data: bytes, chance: random.Random) -> bytes:

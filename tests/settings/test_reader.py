@@ -59,7 +59,8 @@ def problems(folder: Path, text: str | bytes) -> tuple[str, ...]:
 
 
 def test_values_come_out_typed(tmp_path: Path) -> None:
-    text = "name: a-1\ncount: 1_000\nswitch: on\nwords: [x, 'on', \"5\"]\ninner: {rate: 1e-3}\nparts:\n- word: |\n    two\n"
+    text = "name: a-1\ncount: 1_000\nswitch: on\nwords: [x, 'on', \"5\"]\n"
+    text += "inner: {rate: 1e-3}\nparts:\n- word: |\n    two\n"
     value = read(tmp_path, text).value
     assert value == Example(
         name="a-1",
@@ -263,7 +264,8 @@ def test_the_error_is_one_line_with_a_count(tmp_path: Path) -> None:
 def test_settings_load_no_tensor_library_and_load_fast() -> None:
     """The settings stand between a key press and the console: they must cost little to import."""
     code = (
-        "import sys, jupiter_engine.settings.domain, jupiter_engine.settings.cluster, jupiter_engine.settings.workspace;"
+        "import sys;"
+        "from jupiter_engine.settings import cluster, domain, workspace;"
         "print(sorted({'numpy', 'torch', 'mlx', 'textual', 'transformers', 'rich'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -47,4 +46,4 @@ def test_the_package_carries_the_files_of_the_repository() -> None:
     """jupiter_engine/settings/shipped is a link to config/, so a wheel holds exactly those files."""
     link = Path(workspace.__file__).parent / "shipped"
     assert link.is_symlink()
-    assert os.path.samefile(link, Path(workspace.__file__).parents[2] / "config")
+    assert link.samefile(Path(workspace.__file__).parents[2] / "config")

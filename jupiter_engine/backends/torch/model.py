@@ -1,7 +1,7 @@
 """The Llama model in plain torch, with the Hugging Face parameter names.
 
-`Llama.hidden` serves training and scoring, `Llama.step` decoding against a
-preallocated key/value cache.
+`Llama.hidden` serves training and scoring; generation calls the layers with
+its own key/value cache.
 """
 
 from __future__ import annotations
@@ -153,17 +153,17 @@ class Llama(nn.Module):
         """
         length = tokens.shape[1]
         steps = torch.arange(length, device=tokens.device)
-        mask: Tensor | None = None
         if segments is None:
-            positions = steps.unsqueeze(0)
-        else:
-            begins = torch.ones_like(segments, dtype=torch.bool)
-            begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-            starts = torch.where(begins, steps, 0).cummax(dim=1).values
-            positions = steps - starts
-            # Same document and not later: with runs of equal numbers "same start" is "same document".
-            mask = (starts.unsqueeze(2) == starts.unsqueeze(1)) & (steps.unsqueeze(1) >= steps.unsqueeze(0))
-            mask = mask.unsqueeze(1)
+            return self.hidden_at(tokens, steps.unsqueeze(0), None)
+        begins = torch.ones_like(segments, dtype=torch.bool)
+        begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        starts = torch.where(begins, steps, 0).cummax(dim=1).values
+        # Same document and not later: with runs of equal numbers "same start" is "same document".
+        mask = (starts.unsqueeze(2) == starts.unsqueeze(1)) & (steps.unsqueeze(1) >= steps.unsqueeze(0))
+        return self.hidden_at(tokens, steps - starts, mask.unsqueeze(1))
+
+    def hidden_at(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """`hidden` with positions [B or 1, T] and a mask [B, 1, T, T] (True = may see; None = causal) of one's own."""
         x = self.model.embed_tokens(tokens)
         cos, sin = self.rotary(positions, x.dtype)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

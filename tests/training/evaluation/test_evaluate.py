@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,8 @@ def finished(folder: Path) -> dict[str, Any]:
 
 
 def evaluated(folder: Path, made: EvaluateOrder) -> dict[str, Any]:
-    evaluate.run(start(folder, made), made)
+    with closing(start(folder, made)) as context:
+        evaluate.run(context, made)
     return finished(folder)
 
 
@@ -270,10 +272,8 @@ def test_killed_anywhere_nothing_is_lost_and_nothing_is_measured_twice(
     machine.scored.clear()
     machine.written.clear()
     machine.kill_at = kill_at
-    context = start(tmp_path / "run", made)
-    with pytest.raises(Killed):
+    with closing(start(tmp_path / "run", made)) as context, pytest.raises(Killed):
         evaluate.run(context, made)
-    context._lock.close()  # what the operating system does for a killed worker
     with (tmp_path / "run" / "results" / "scores.jsonl").open("ab") as file:
         file.write(b'{"id":"torn')
     machine.kill_at = None
@@ -289,9 +289,8 @@ def test_a_halt_stops_between_batches_with_everything_done_on_disk(
     tmp_path: Path, corpus: tuple[Path, Path], machine: Machine
 ) -> None:
     made = order(tmp_path, corpus)
-    context = start(tmp_path / "run", made)
-    (tmp_path / "run" / "inbox" / "halt").touch()
-    with pytest.raises(Halt):
+    with closing(start(tmp_path / "run", made)) as context, pytest.raises(Halt):
+        (tmp_path / "run" / "inbox" / "halt").touch()
         evaluate.run(context, made)
     assert machine.loads == []
 
@@ -313,8 +312,9 @@ def test_a_model_folder_that_changed_is_refused_before_its_scores_are_kept(
 ) -> None:
     monkeypatch.setattr(evaluate, "folder_sha256", lambda _folder: "d" * 64)
     made = order(tmp_path, corpus)
-    with pytest.raises(ModelInvalid, match="holds dddddddddddd, the order names cand as cccccccccccc"):
-        evaluate.run(start(tmp_path / "run", made), made)
+    refusal = pytest.raises(ModelInvalid, match="holds dddddddddddd, the order names cand as cccccccccccc")
+    with closing(start(tmp_path / "run", made)) as context, refusal:
+        evaluate.run(context, made)
     assert machine.loads == []
 
 
@@ -342,7 +342,8 @@ def test_the_gate_stage_decides_on_what_evaluate_wrote(
         run="g", domain="d", cycle=1, gate=gate, candidate=CANDIDATE, incumbent=INCUMBENT, scores=scores,
         items=str(corpus[1]), look=1, slice=0,
     )  # fmt: skip
-    gate_stage.run(start(tmp_path / "gate", made), made)
+    with closing(start(tmp_path / "gate", made)) as context:
+        gate_stage.run(context, made)
     decision = finished(tmp_path / "gate")["decision"]
     text = next(one for one in decision["endpoints"] if one["name"] == "vault_bpb")
     assert text["passed"] is True

@@ -1,0 +1,140 @@
+"""Composes the console: themes, pages, the bridge. Nothing else happens here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from textual.app import App, SystemCommand
+from textual.binding import BindingType
+from textual.screen import Screen
+from textual.theme import Theme
+
+from jupiter_engine.errors import JupiterError
+from jupiter_tui import actions
+from jupiter_tui.bridge import Bridge, Broken, Opener, Pictured
+from jupiter_tui.screens.desk import Desk
+from jupiter_tui.screens.domain import DomainPage
+from jupiter_tui.screens.fleet import FleetPage
+from jupiter_tui.screens.history import HistoryPage
+from jupiter_tui.screens.page import Page, bindings
+from jupiter_tui.screens.promote import PromotePage
+from jupiter_tui.screens.review import ReviewPage
+from jupiter_tui.screens.sheets import TextSheet, help_sheet
+from jupiter_tui.screens.train import TrainPage
+from jupiter_tui.view.header import PAGES, alerts
+from jupiter_tui.view.text import Line, clock, mark, one_line
+from jupiter_tui.widgets.ink import AsciiOnly
+
+# Okabe and Ito's palette, lightened or darkened for the ground: told apart by colour-blind eyes too.
+DARK = Theme(
+    name="jupiter-dark", primary="#7fb4e6", secondary="#a8b8c8", accent="#56b4e9", success="#35c49a", warning="#e6b422",
+    error="#ee7f4a", background="#10141a", surface="#171d26", panel="#1c2430", foreground="#d6dde6",
+    variables={"border-blurred": "#3a4656"},
+)  # fmt: skip
+LIGHT = Theme(
+    name="jupiter-light", primary="#0b5a94", secondary="#4a5866", accent="#0072b2", success="#00724f", warning="#8a6100",
+    error="#b03a00", background="#fbfbf8", surface="#f2f2ec", panel="#e6e8e6", foreground="#1b2026", dark=False,
+    variables={"border-blurred": "#b4bcc4"},
+)  # fmt: skip
+MONO = Theme(
+    name="jupiter-mono", primary="#ffffff", secondary="#c8c8c8", accent="#e8e8e8", success="#e8e8e8", warning="#ffffff",
+    error="#ffffff", background="#000000", surface="#101010", panel="#202020", foreground="#d0d0d0",
+    variables={"border-blurred": "#606060"},
+)  # fmt: skip
+THEMES = {"dark": DARK.name, "light": LIGHT.name, "mono": MONO.name, "ansi": "ansi-dark", "ansi-light": "ansi-light"}
+PAGE_TYPES: dict[str, type[Page]] = {
+    p.PAGE: p for p in (FleetPage, DomainPage, ReviewPage, TrainPage, PromotePage, HistoryPage)
+}
+
+
+class ConsoleApp(App[JupiterError]):
+    """The console. Its result is the error that ended it, None after a plain detach."""
+
+    CSS_PATH = "console.tcss"
+    TITLE = "jupiter"
+    ENABLE_COMMAND_PALETTE = True
+    BINDINGS: ClassVar[list[BindingType]] = bindings("*")
+
+    def __init__(
+        self,
+        *,
+        workspace: Path | None = None,
+        domain: str = "",
+        read_only: bool = False,
+        ascii_only: bool = False,
+        theme: str = "dark",
+        opener: Opener | None = None,
+    ) -> None:
+        super().__init__()
+        self.desk = Desk(Bridge(self.post_message, workspace=workspace, domain=domain, opener=opener), read_only=read_only)
+        for own in (DARK, LIGHT, MONO):
+            self.register_theme(own)
+        self.theme = THEMES[theme]
+        if ascii_only:
+            self._filters.append(AsciiOnly())
+        for name, page in PAGE_TYPES.items():
+            self.add_mode(name, lambda page=page: page(self.desk))  # type: ignore[misc]
+
+    def on_mount(self) -> None:
+        self.switch_mode("train")
+        # The workspace is opened after the first frame, so that something is seen at once.
+        self.call_after_refresh(self.desk.bridge.start)
+
+    def on_unmount(self) -> None:
+        self.desk.bridge.stop()
+
+    # -- what the bridge says --------------------------------------------------------------------
+    def on_pictured(self, message: Pictured) -> None:
+        self.desk.picture = message.picture
+        page = next((s for s in reversed(self.screen_stack) if isinstance(s, Page)), None)
+        if page is not None and page.is_mounted:
+            page.show(message.picture)
+
+    def on_broken(self, message: Broken) -> None:
+        self.exit(message.error)
+
+    # -- actions ---------------------------------------------------------------------------------
+    def action_page(self, name: str) -> None:
+        self.switch_mode(name)
+
+    def action_detach(self) -> None:
+        self.exit()
+
+    def action_help(self) -> None:
+        if isinstance(self.screen, Page):
+            page = self.screen.PAGE
+            self.push_screen(help_sheet(page, dict(PAGES)[page], read_only=self.desk.read_only))
+
+    def action_alerts(self) -> None:
+        picture = self.desk.picture
+        lines: list[Line] = [[(f"{'!!' if kind == 'bad' else '**'} {text}", kind)] for kind, text in alerts(picture)]
+        lines = lines or [[mark("ok"), (" nothing is wrong and nothing waits", "")]]
+        lines += [[], [("Notices, newest first", "title"), ("", "")]]
+        for notice in reversed(picture.state.notices[-100:]):
+            level = {"error": "bad", "warning": "warn"}.get(notice.level, "")
+            where = f"{notice.cycle or ''} {notice.stage or ''}".strip()
+            lines.append([(f"{clock(notice.at)}  {where}  {one_line(notice.text)}", level)])
+        self.push_screen(TextSheet("Alerts", lines))
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """The palette: every action of the page and of the app that works now."""
+        page = screen.PAGE if isinstance(screen, Page) else ""
+        for action in actions.for_page(page):
+            name, _, argument = action.name.partition("(")
+            if name == "command_palette":
+                continue
+            allowed = screen.check_action(name, ()) is True if action.page != "*" else True
+            if allowed:
+                run = self._runner(action.name, screen if action.page != "*" else self)
+                where = "page: " if name == "page" else ""
+                yield SystemCommand(f"{where}{action.label}  ({action.shown_key})", action.help, run)
+        for title, theme in THEMES.items():
+            yield SystemCommand(f"theme: {title}", "Change the colours", lambda theme=theme: setattr(self, "theme", theme))
+
+    def _runner(self, action: str, namespace: Screen[object] | App[JupiterError]):  # type: ignore[no-untyped-def]
+        async def run() -> None:
+            await self.run_action(action, namespace)
+
+        return run
