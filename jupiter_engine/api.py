@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from jupiter_engine.cluster.probe import NodeFacts, probe_local
-from jupiter_engine.errors import ConfigError, JupiterError, UsageError
+from jupiter_engine.errors import ConfigError, JupiterError, rebuild
 from jupiter_engine.orchestrator import process
 from jupiter_engine.orchestrator.database import Database, Recorded, SampleView
 from jupiter_engine.orchestrator.lineage import Lineage, trace
@@ -64,6 +64,12 @@ class Workspace:
 
     def close(self) -> None:
         self._database.close()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # -- state -----------------------------------------------------------------------------------
     def refresh(self) -> list[Recorded]:
@@ -135,18 +141,21 @@ class Workspace:
 
     def answer(self, number: int) -> tuple[bool, str | None]:
         """(carried out or refused yet, the reason if refused)."""
-        return self._database.command_answer(number)
+        answered, refusal = self._database.command_answer(number)
+        if refusal is None:
+            return answered, None
+        return answered, rebuild(refusal.kind, refusal.title, refusal.detail, refusal.fix).sentence()
 
     def perform(self, command: AnyCommand, *, timeout_s: float = 30.0) -> None:
-        """Submit and wait for the engine's answer; a refusal raises UsageError with its sentence."""
+        """Submit and wait for the engine's answer; a refusal is raised as the error that it was."""
         number = self.submit(command)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            answered, refusal = self.answer(number)
+            answered, refusal = self._database.command_answer(number)
             if answered:
                 self.refresh()
                 if refusal is not None:
-                    raise UsageError(refusal, title="Refused")
+                    raise rebuild(refusal.kind, refusal.title, refusal.detail, refusal.fix)
                 return
             time.sleep(0.05)
         raise JupiterError(

@@ -150,6 +150,13 @@ def _tree(base: type[JupiterError]) -> dict[str, type[JupiterError]]:
     return found
 
 
+def rebuild(kind: str, title: str, detail: str, fix: str) -> JupiterError:
+    """The error that crossed a process boundary as its parts (unknown kinds: StageFailed)."""
+    cls = _tree(JupiterError).get(kind, StageFailed)
+    # RemoteError needs facts that did not travel; its sentence did.
+    return (StageFailed if cls is RemoteError else cls)(detail, title=title, fix=fix)
+
+
 def exit_code_of(kind: str) -> ExitCode:
     """The exit status for an error kind that crossed a process boundary (unknown kinds: STAGE_FAILED)."""
     cls = _tree(JupiterError).get(kind)

@@ -115,7 +115,9 @@ def keyboard_table() -> str:
     titles = {"*": "Everywhere", "train": "Train", "review": "Review", "promote": "Promote", "domain": "Domain"}
     for page in ("*", "fleet", "domain", "review", "train", "promote", "history"):
         rows = [a for a in ACTIONS if a.page == page]
-        parts.append(f"### {titles.get(page, page.capitalize())}\n\n| Key | What it does | Changes something |\n|---|---|---|")
+        parts.append(
+            f"### {titles.get(page, page.capitalize())}\n\n| Key | What it does | Changes something |\n|---|---|---|"
+        )
         for action in rows:
             keys = " ".join(f"`{shown(key)}`" for key in action.keys.split(",") if key != "equals_sign")
             parts.append(f"| {keys} | {action.help} | {'yes' if action.mutates else ''} |")

@@ -68,7 +68,9 @@ class ConsoleApp(App[JupiterError]):
         opener: Opener | None = None,
     ) -> None:
         super().__init__()
-        self.desk = Desk(Bridge(self.post_message, workspace=workspace, domain=domain, opener=opener), read_only=read_only)
+        self.desk = Desk(
+            Bridge(self.post_message, workspace=workspace, domain=domain, opener=opener), read_only=read_only
+        )
         for own in (DARK, LIGHT, MONO):
             self.register_theme(own)
         self.theme = THEMES[theme]
@@ -131,7 +133,9 @@ class ConsoleApp(App[JupiterError]):
                 where = "page: " if name == "page" else ""
                 yield SystemCommand(f"{where}{action.label}  ({action.shown_key})", action.help, run)
         for title, theme in THEMES.items():
-            yield SystemCommand(f"theme: {title}", "Change the colours", lambda theme=theme: setattr(self, "theme", theme))
+            yield SystemCommand(
+                f"theme: {title}", "Change the colours", lambda theme=theme: setattr(self, "theme", theme)
+            )
 
     def _runner(self, action: str, namespace: Screen[object] | App[JupiterError]):  # type: ignore[no-untyped-def]
         async def run() -> None:

@@ -153,7 +153,12 @@ class Bridge:
     """The console's side of the front door. All methods are called from the event loop."""
 
     def __init__(
-        self, post: Callable[[Message], object], *, workspace: Path | None, domain: str = "", opener: Opener | None = None
+        self,
+        post: Callable[[Message], object],
+        *,
+        workspace: Path | None,
+        domain: str = "",
+        opener: Opener | None = None,
     ) -> None:
         chosen = opener or open_workspace
         self._post = post
@@ -191,7 +196,9 @@ class Bridge:
         result: T = await asyncio.wrap_future(errand.future)
         return result
 
-    async def samples(self, domain: str, cycle: int, *, status: str | None, search: str, limit: int) -> list[SampleView]:
+    async def samples(
+        self, domain: str, cycle: int, *, status: str | None, search: str, limit: int
+    ) -> list[SampleView]:
         return await self.ask(
             lambda w: w.samples(domain=domain, cycle=cycle, status=status, search=search, limit=limit)
         )

@@ -24,9 +24,16 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--workspace", type=Path, metavar="FOLDER", help="the workspace (default: $JUPITER_HOME, this folder, ~/.jupiter)")
+    made.add_argument(
+        "--workspace",
+        type=Path,
+        metavar="FOLDER",
+        help="the workspace (default: $JUPITER_HOME, this folder, ~/.jupiter)",
+    )
     made.add_argument("--domain", default="", metavar="NAME", help="the domain to show, and to run with --auto")
-    made.add_argument("--auto", action="store_true", help="no screen: run cycles in the foreground, filters and gate decide")
+    made.add_argument(
+        "--auto", action="store_true", help="no screen: run cycles in the foreground, filters and gate decide"
+    )
     made.add_argument("--cycles", type=int, metavar="N", help="with --auto: how many cycles (default 1)")
     made.add_argument("--json", action="store_true", help="with --auto: one JSON object per event")
     made.add_argument("--read-only", action="store_true", help="look only: every key that changes something is absent")
@@ -64,11 +71,15 @@ def _auto(options: argparse.Namespace) -> int:
 
 def _console(options: argparse.Namespace) -> int:
     if options.cycles is not None or options.json:
-        raise UsageError("--cycles and --json belong to --auto", fix="add --auto, or start cycles with l in the console")
+        raise UsageError(
+            "--cycles and --json belong to --auto", fix="add --auto, or start cycles with l in the console"
+        )
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("the console needs a terminal", fix="use `jupiter-tui --auto` or `jupiter status` in scripts")
     if os.environ.get("TERM", "dumb") == "dumb":
-        raise UsageError("this terminal cannot place text (TERM=dumb)", fix="use `jupiter status` and `jupiter start --auto`")
+        raise UsageError(
+            "this terminal cannot place text (TERM=dumb)", fix="use `jupiter status` and `jupiter start --auto`"
+        )
     # Textual reads these once, when it is imported.
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
     os.environ.setdefault("TEXTUAL_FPS", "15" if os.environ.get("SSH_CONNECTION") else "30")

@@ -65,7 +65,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> FileRecord:
     for array in arrays.values():
         flat = np.ascontiguousarray(array).reshape(-1)
         if flat.nbytes:
-            views.append(memoryview(flat).cast("B"))
+            views.append(flat.view(np.uint8).data)
 
     def digest() -> str:
         hasher = hashlib.sha256()

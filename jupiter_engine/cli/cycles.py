@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 from jupiter_engine.api import Workspace, progress_text
 from jupiter_engine.cli.output import open_workspace, print_json, print_table
@@ -162,7 +163,7 @@ def runs(options: argparse.Namespace) -> int:
         if options.json:
             print_json(cycle)
         elif cycle.report:
-            print(plain_text(open(cycle.report, encoding="utf-8").read()))  # noqa: SIM115, PTH123 - printed at once
+            print(plain_text(Path(cycle.report).read_text(encoding="utf-8")))
         else:
             print(f"cycle {cycle.id} is {cycle.status}; its report comes at its end")
         return ExitCode.DONE

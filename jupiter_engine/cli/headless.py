@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from jupiter_engine.api import Recorded, Workspace, progress_text, sentence
-from jupiter_engine.errors import ExitCode, JupiterError, UsageError, exit_code_of
+from jupiter_engine.errors import ExitCode, JupiterError, exit_code_of, rebuild
 from jupiter_engine.orchestrator.engine import Engine, EngineLock
 from jupiter_engine.protocol import journal as j
 from jupiter_engine.protocol.commands import StartCycles
@@ -73,7 +73,11 @@ def run_auto(root: Path, domain: str, cycles: int, json: bool) -> int:  # noqa: 
     instead. SIGINT and SIGTERM bring the running stage to a safe point first (exit 130);
     the same command then continues where it stopped.
     """
-    workspace = Workspace(root)
+    with Workspace(root) as workspace:
+        return _run(workspace, domain, cycles, json=json)
+
+
+def _run(workspace: Workspace, domain: str, cycles: int, *, json: bool) -> int:
     narrator = Narrator(workspace, json=json)
     command = StartCycles(domain=domain, cycles=cycles, mode="auto", by="auto")
     if workspace.engine() is not None:
@@ -99,11 +103,11 @@ async def _serve(workspace: Workspace, narrator: Narrator, command: StartCycles)
     try:
         busy = next((c for c in engine.state.cycles.values() if c.active()), None)
         if busy is None or busy.domain != command.domain:
-            number_ = engine.database.submit(command)
+            submitted = engine.database.submit(command)
             await engine.step()
-            refusal = engine.database.command_answer(number_)[1]
+            refusal = engine.database.command_answer(submitted)[1]
             if refusal is not None:
-                raise UsageError(refusal, title="Refused")
+                raise rebuild(refusal.kind, refusal.title, refusal.detail, refusal.fix)
         else:
             # An engine that was killed left the cycle running: this is the resume.
             narrator.cycles.append(busy.id)
@@ -115,7 +119,7 @@ async def _serve(workspace: Workspace, narrator: Narrator, command: StartCycles)
         narrator.show()
     finally:
         engine.database.close()
-        del lock
+        lock.release()
     return ExitCode.INTERRUPTED if interrupted else _exit_code(workspace, narrator)
 
 

@@ -7,6 +7,7 @@ so `--help` and `--version` answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -124,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; returns the documented exit status."""
     options = parser().parse_args(argv)
     try:
-        return int(options.handler(options))
+        with contextlib.ExitStack() as options.resources:
+            return int(options.handler(options))
     except JupiterError as error:
         report(error)
         return error.exit_code

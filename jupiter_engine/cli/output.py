@@ -14,8 +14,10 @@ from jupiter_engine.units import plain_text
 
 
 def open_workspace(options: argparse.Namespace) -> Workspace:
-    """The workspace that --workspace, $JUPITER_HOME or the current folder names."""
-    return Workspace(find_workspace(options.workspace, os.environ, Path.cwd()))
+    """The workspace that --workspace, $JUPITER_HOME or the current folder names; closed when the command ends."""
+    root = find_workspace(options.workspace, os.environ, Path.cwd())
+    workspace: Workspace = options.resources.enter_context(Workspace(root))
+    return workspace
 
 
 def print_json(value: object) -> None:

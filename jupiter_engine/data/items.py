@@ -17,7 +17,7 @@ import numpy as np
 
 from jupiter_engine.data import makers
 from jupiter_engine.data.makers import Draft
-from jupiter_engine.data.words import Vocabulary, combine, words
+from jupiter_engine.data.words import Vocabulary, among, combine, words
 from jupiter_engine.files import sha256_text
 from jupiter_engine.protocol.rows import Chunk, Document, Item
 
@@ -184,7 +184,7 @@ def _uncovered(items: list[Item], train_texts: Sequence[str], report: ItemReport
     for item in items:
         if item.pool == "vault":
             grams = combine(vocabulary.numbers(words(item.evidence)), _COVERAGE_NGRAM)
-            if len(grams) and float(np.isin(grams, train).mean()) > _MAX_COVERED:
+            if len(grams) and float(among(grams, train).mean()) > _MAX_COVERED:
                 report.reject("evidence stands in train text")
                 continue
         kept.append(item)

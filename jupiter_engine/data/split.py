@@ -95,10 +95,16 @@ class _Cluster:
     name: str
     members: list[int]
     sizes: dict[Kind, int]
+    facts: int
 
     @property
     def bytes(self) -> int:
         return sum(self.sizes.values())
+
+    @property
+    def load(self) -> npt.NDArray[np.float64]:
+        """float64 [3]: what shall be even over the slices: bytes of docs, bytes of code, facts."""
+        return np.array([self.sizes["docs"], self.sizes["code"], self.facts], dtype=np.float64)
 
 
 def split(
@@ -108,6 +114,7 @@ def split(
     slices: int,
     seed: int,
     previous: Mapping[str, Place] | None = None,
+    facts: Sequence[int] | None = None,
 ) -> list[Place]:
     """A place for each document, clusters kept whole.
 
@@ -116,9 +123,9 @@ def split(
     clusters come in an order drawn from `seed` and go to the vault until it holds
     `vault_share` of all bytes; one larger than half a slice's even share always trains, because
     it would make its slice a test of one subject. Each vault cluster goes to the
-    slice where it leaves bytes per kind most even.
+    slice where it leaves bytes per kind, and `facts` (how many items a document may give), most even.
     """
-    found = _clusters(documents)
+    found = _clusters(documents, facts or [0] * len(documents))
     total = sum(cluster.bytes for cluster in found)
     target = vault_share * total
     places: dict[str, tuple[Split, int]] = {}
@@ -146,7 +153,7 @@ def split(
     return [place for place in out if place is not None]
 
 
-def _clusters(documents: Sequence[RawDocument]) -> list[_Cluster]:
+def _clusters(documents: Sequence[RawDocument], facts: Sequence[int]) -> list[_Cluster]:
     members: dict[int, list[int]] = defaultdict(list)
     for number, root in enumerate(clusters(documents)):
         members[root].append(number)
@@ -157,7 +164,7 @@ def _clusters(documents: Sequence[RawDocument]) -> list[_Cluster]:
             sizes[documents[number].kind] += documents[number].size_bytes
         # Named by its first member's place of origin: the name survives small edits of the text.
         name = sha256_text(min(documents[number].uri for number in group))[:16]
-        found.append(_Cluster(name, group, sizes))
+        found.append(_Cluster(name, group, sizes, sum(facts[number] for number in group)))
     return found
 
 
@@ -183,18 +190,17 @@ def _slices(
     chosen: Sequence[_Cluster], settled: Sequence[_Cluster], places: Mapping[str, tuple[Split, int]], slices: int
 ) -> dict[str, tuple[Split, int]]:
     """Slices for the chosen vault clusters, largest first, on top of what the settled ones already hold."""
-    load = np.zeros((slices, 2))
+    load = np.zeros((slices, 3))
     for cluster in settled:
         place, number = places[cluster.name]
         if place == "vault":
-            load[number] += (cluster.sizes["docs"], cluster.sizes["code"])
-    per_kind = np.array([[c.sizes["docs"], c.sizes["code"]] for c in chosen]).reshape(-1, 2).sum(axis=0)
-    weight = 1.0 / np.maximum(load.sum(axis=0) + per_kind, 1.0)
+            load[number] += cluster.load
+    wanted = sum((cluster.load for cluster in chosen), load.sum(axis=0))
+    weight = 1.0 / np.maximum(wanted, 1.0)
     out: dict[str, tuple[Split, int]] = {}
     for cluster in sorted(chosen, key=lambda c: (-c.bytes, c.name)):
-        size = np.array([cluster.sizes["docs"], cluster.sizes["code"]], dtype=float)
-        cost = (((load + size) * weight) ** 2).sum(axis=1) - ((load * weight) ** 2).sum(axis=1)
+        cost = (((load + cluster.load) * weight) ** 2).sum(axis=1) - ((load * weight) ** 2).sum(axis=1)
         best = int(np.argmin(cost))
-        load[best] += size
+        load[best] += cluster.load
         out[cluster.name] = ("vault", best)
     return out

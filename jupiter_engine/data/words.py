@@ -62,3 +62,11 @@ def longest_run(hits: npt.NDArray[np.bool_], n: int) -> int:
     if len(edges) == 0:
         return 0
     return int((edges[1::2] - edges[::2]).max()) + n - 1
+
+
+def among(hashes: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
+    """bool [hashes]: which stand in `known`, which must be sorted (np.unique sorts)."""
+    if not len(known):
+        return np.zeros(len(hashes), dtype=np.bool_)
+    found: npt.NDArray[np.bool_] = known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes
+    return found

@@ -21,6 +21,7 @@ from jupiter_engine.errors import DiskFull, SchemaTooNew, StateError
 from jupiter_engine.protocol import commands, journal
 from jupiter_engine.protocol.facts import Progress
 from jupiter_engine.protocol.rows import TABLES, Chunk, Document, Row, Sample, Verdict
+from jupiter_engine.protocol.state import Failure
 
 SCHEMA_VERSION = 1
 
@@ -46,7 +47,7 @@ CREATE TABLE runs(
     run TEXT PRIMARY KEY, domain TEXT NOT NULL, cycle INTEGER NOT NULL, stage TEXT NOT NULL,
     offset_bytes INTEGER NOT NULL DEFAULT 0, seq INTEGER NOT NULL DEFAULT 0, progress BLOB);
 CREATE TABLE commands(
-    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, body BLOB NOT NULL, done_at REAL, error TEXT);
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, body BLOB NOT NULL, done_at REAL, error BLOB);
 """
 
 SampleStatus = Literal["new", "accepted", "rejected"]
@@ -325,13 +326,15 @@ class Database:
         rows = self._connection.execute("SELECT id, body FROM commands WHERE done_at IS NULL ORDER BY id")
         return [(number, commands.decoder.decode(body)) for number, body in rows]
 
-    def answer_command(self, number: int, error: str | None) -> None:
-        """Mark a command as carried out, or refused with the sentence that says why."""
+    def answer_command(self, number: int, refusal: Failure | None) -> None:
+        """Mark a command as carried out, or as refused for a reason."""
+        reason = None if refusal is None else msgspec.json.encode(refusal)
         self._connection.execute(
-            "UPDATE commands SET done_at = ?, error = ? WHERE id = ?", (time.time(), error, number)
+            "UPDATE commands SET done_at = ?, error = ? WHERE id = ?", (time.time(), reason, number)
         )
 
-    def command_answer(self, number: int) -> tuple[bool, str | None]:
+    def command_answer(self, number: int) -> tuple[bool, Failure | None]:
         """(answered, why it was refused or None)."""
         row = self._connection.execute("SELECT done_at, error FROM commands WHERE id = ?", (number,)).fetchone()
-        return (row is not None and row[0] is not None, row[1] if row else None)
+        refusal = msgspec.json.decode(row[1], type=Failure) if row and row[1] else None
+        return (row is not None and row[0] is not None, refusal)

@@ -31,7 +31,7 @@ from jupiter_engine.protocol import commands as c
 from jupiter_engine.protocol import journal as j
 from jupiter_engine.protocol.decision import Decision
 from jupiter_engine.protocol.orders import ModelRef
-from jupiter_engine.protocol.state import CycleState, StageState, State
+from jupiter_engine.protocol.state import CycleState, Failure, StageState, State
 from jupiter_engine.remote.local import LocalRemote
 from jupiter_engine.remote.port import Remote
 from jupiter_engine.settings.cluster import load_cluster
@@ -60,6 +60,9 @@ class EngineLock:
             raise UsageError(f"another engine runs on {root}", title="Already running")
         info = EngineInfo(identity=ProcessIdentity.of(os.getpid()), version=__version__)
         write_json(home / "engine.json", info)
+
+    def release(self) -> None:
+        self._file.close()
 
 
 class Engine:
@@ -141,7 +144,7 @@ class Engine:
         did = False
         for number, command in self.database.open_commands():
             did = True
-            refusal: str | None = None
+            refusal: Failure | None = None
             try:
                 with self.database.transaction():
                     if isinstance(command, c.ShutDown):
@@ -151,7 +154,7 @@ class Engine:
                             self.database.append(entry)
                     self.database.answer_command(number, None)
             except JupiterError as error:
-                refusal = error.sentence()
+                refusal = Failure(kind=error.kind, title=error.title, detail=error.detail, fix=error.fix)
             if refusal is not None:
                 with self.database.transaction():
                     self.database.answer_command(number, refusal)
@@ -386,4 +389,4 @@ async def run_engine(root: Path) -> None:
         await engine.serve()
     finally:
         engine.database.close()
-        del lock
+        lock.release()

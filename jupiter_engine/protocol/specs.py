@@ -26,6 +26,7 @@ class SourceSpec(Spec, frozen=True, kw_only=True):
     """One place that documents come from."""
 
     id: Name
+    """Name of the source; stands with every document, shown in lists."""
     type: Literal["stdlib", "files"]
     """`stdlib`: the running interpreter's standard library; `files`: a local file or folder."""
     parts: tuple[Literal["topics", "docstrings", "source"], ...] = ("topics", "docstrings", "source")
@@ -33,7 +34,9 @@ class SourceSpec(Spec, frozen=True, kw_only=True):
     path: str | None = None
     """For `files`: a file or folder; relative paths start at the domain file's folder."""
     include: tuple[str, ...] = ("*.md", "*.rst", "*.txt", "*.py")
+    """For `files`: globs over file names or paths within the folder; a file must match one."""
     exclude: tuple[str, ...] = ()
+    """For `files`: globs of what is left out although it is included."""
     license: str = "unknown"
     """SPDX identifier stored with every document of the source."""
     weight: Positive = 1.0
@@ -43,31 +46,46 @@ class SourceSpec(Spec, frozen=True, kw_only=True):
 
 
 class ChunkSpec(Spec, frozen=True, kw_only=True):
+    """How documents are cut into the pieces that samples and training text are made of."""
+
     max_bytes: Annotated[int, Meta(ge=200)] = 2400
     """Longest chunk, in UTF-8 bytes; a chunk never cuts a line."""
     min_bytes: CountOrZero = 200
+    """Shortest chunk where the text allows it; a shorter rest joins its neighbour."""
 
 
 class TemplateSpec(Spec, frozen=True, kw_only=True):
     """One way of asking the generator for a sample."""
 
     id: Name
+    """Name of the template; stands with every sample."""
     type: Literal["qa", "explanation", "rephrase", "tutorial", "code", "debug", "conversation"]
+    """What kind of sample is asked for; fixes the built-in wording."""
     prompt: str | None = None
     """Own wording; may use {title}, {chunk}, {topic}. None: the built-in wording of the type."""
     system_prompt: str | None = None
+    """The generator's instruction before the prompt. None: the built-in one."""
     topics: tuple[str, ...] = ()
+    """Fill {topic} of the prompt, one after the other."""
     weight: NotNegative = 1.0
+    """Relative share of the samples asked with this template."""
 
 
 class GenerationSpec(Spec, frozen=True, kw_only=True):
+    """What the generator is asked for in one cycle."""
+
     templates: tuple[TemplateSpec, ...]
+    """The ways of asking; at least one."""
     samples: Count = 96
     """Raw samples asked of the generator in one cycle."""
     max_new_tokens: Count = 128
+    """Longest answer, in tokens of the generator; a longer one is cut and marked."""
     temperature: NotNegative = 0.7
+    """0: always the likeliest token; higher: more varied, less safe."""
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.95
+    """Tokens are drawn from the likeliest ones that hold this share of the probability."""
     batch_size: Count = 16
+    """Answers generated side by side; more is faster and takes more memory."""
     context_bytes: Count = 1200
     """How much of a chunk is shown to the generator."""
 
@@ -76,7 +94,9 @@ class FilterSpec(Spec, frozen=True, kw_only=True):
     """Thresholds of the filter chain; a sample that fails one is kept, with the reason, as rejected."""
 
     min_words: Count = 12
+    """Shortest answer, in words."""
     max_words: Count = 600
+    """Longest answer, in words."""
     min_grounding: Share = 0.35
     """Least share of the answer's content words that occur in its source chunk."""
     max_copy: Share = 0.9
@@ -93,23 +113,33 @@ class MixSpec(Spec, frozen=True, kw_only=True):
     """Shares of training tokens by class; they are normalised over the classes that have data."""
 
     real_docs: NotNegative = 0.45
+    """Prose documents."""
     real_code: NotNegative = 0.25
+    """Source code."""
     synthetic: NotNegative = 0.30
+    """Generated samples that passed filters and review."""
     real_floor: Share = 0.40
     """Real tokens never fall below this share, whatever the other numbers say."""
 
 
 class OptimizerSpec(Spec, frozen=True, kw_only=True):
     name: Literal["adamw"] = "adamw"
+    """Update rule; the same arithmetic in both twins."""
     learning_rate: Positive = 1e-4
+    """Peak rate of the schedule."""
     beta1: Share = 0.9
+    """Decay of the gradient's running mean."""
     beta2: Share = 0.95
+    """Decay of the squared gradient's running mean."""
     eps: Positive = 1e-8
+    """Added to the denominator of the update."""
     weight_decay: NotNegative = 0.01
+    """Decoupled decay of matrices per step, times the learning rate."""
 
 
 class ScheduleSpec(Spec, frozen=True, kw_only=True):
     kind: Literal["constant", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up: level, or falling along a cosine."""
     warmup_share: Share = 0.1
     """Share of the run's tokens over which the rate rises linearly from zero."""
     final_share: Share = 0.1
@@ -124,18 +154,27 @@ class Recipe(Spec, frozen=True, kw_only=True):
     preset: str | None = None
     """Shape of a from-scratch model: nano, 125m, 350m, 500m, 1b, 3b."""
     sequence_tokens: Annotated[int, Meta(ge=8)] = 256
+    """Length of a training sequence, in tokens."""
     batch_sequences: Count = 8
     """Sequences of one optimizer step, over all ranks and micro-batches."""
     micro_batch_sequences: Count = 8
+    """Sequences computed at once on one rank; must divide batch_sequences. Smaller needs less memory."""
     steps: Count = 30
+    """Optimizer steps of one cycle."""
     optimizer: OptimizerSpec = OptimizerSpec()
+    """How weights are updated."""
     schedule: ScheduleSpec = ScheduleSpec()
+    """How the learning rate moves."""
     max_grad_norm: Positive = 1.0
+    """A gradient with a larger L2 norm is scaled down to this."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of matrix products; master weights and optimizer state stay float32."""
     checkpoint_every_steps: Count = 10
+    """A killed run loses at most this many steps."""
     keep_checkpoints: Count = 2
+    """How many of a run's checkpoints stay on disk."""
     seed: Seed = 0
+    """Start of all random choices of the domain: split, data order, sampling."""
 
 
 class LaunchSpec(Spec, frozen=True, kw_only=True):
@@ -149,12 +188,16 @@ class LaunchSpec(Spec, frozen=True, kw_only=True):
 
 
 class EvaluationSpec(Spec, frozen=True, kw_only=True):
+    """What is held out, and how much of it a candidate and its incumbent are measured on."""
+
     vault_share: Annotated[float, Meta(gt=0.0, lt=0.5)] = 0.10
+    """Share of the text that is held out: never trained upon, only measured with."""
     slices: Count = 6
     """Vault slices; each look at a new candidate uses the next one."""
     windows: Count = 90
     """Vault text windows scored for bits per byte at one look (at most what the slice holds)."""
     window_bytes: Annotated[int, Meta(ge=200)] = 1200
+    """Length of a scored window, in bytes."""
     context_bytes: CountOrZero = 300
     """Bytes before each window that are shown but not scored."""
     mcq_known: CountOrZero = 150
@@ -169,6 +212,7 @@ class GateSpec(Spec, frozen=True, kw_only=True):
     """When a candidate replaces the generator."""
 
     primary: Literal["vault_bpb", "mcq_known", "mcq_vault"] = "mcq_known"
+    """What the candidate must be better at; the other measures are guards: it may not be worse."""
     alpha: Annotated[float, Meta(gt=0.0, lt=0.5)] = 0.05
     """Chance that an incumbent is ever replaced by a candidate that is no better, over all looks."""
     min_effect: NotNegative = 0.0
@@ -180,5 +224,8 @@ class GateSpec(Spec, frozen=True, kw_only=True):
     margin_yield: Share = 0.25
     """As a guard: the share of usable generated samples may be lower by no more than this."""
     min_windows: Count = 40
+    """No decision on fewer windows than this."""
     min_items: Count = 60
+    """No decision on fewer questions of a kind than this."""
     min_documents: Count = 20
+    """No decision unless the units come from at least this many independent documents."""

@@ -46,9 +46,9 @@ class DomainInfo(Spec, frozen=True, kw_only=True):
     """Language of the corpus (two-letter code). The built-in wordings of templates are English: in any
     other language each template needs its own `prompt`."""
     keywords: tuple[str, ...] = ()
-    """A document is kept only if it contains at least one of these words (empty: all are kept)."""
+    """Where a source's `max_bytes` forces a choice, documents with more of these words are kept first."""
     negative_keywords: tuple[str, ...] = ()
-    """A document that contains one of these words is left out."""
+    """A document in which one of these words stands (whole word, any case) is left out."""
 
 
 class ReviewSpec(Spec, frozen=True, kw_only=True):
@@ -56,7 +56,7 @@ class ReviewSpec(Spec, frozen=True, kw_only=True):
 
     mode: Literal["auto", "manual", "sample"] = "auto"
     """`auto`: the filters decide; `manual`: a person accepts or rejects every sample; `sample`: a person
-    sees a random share, the rest is accepted."""
+    sees a random share, the rest is accepted. In cycles started with --auto the filters always decide."""
     share: Share = 0.1
     """For `sample`: the share of samples put before a person."""
 
@@ -127,7 +127,7 @@ def _check_model_folder(found: Findings, key: str, folder: Path) -> None:
 
 # -- rules between fields ------------------------------------------------------------------------------
 def _check_and_resolve(settings: DomainSettings, found: Findings) -> DomainSettings:
-    _check_info(settings.domain, found)
+    _check_info(settings, found)
     _check_sources(settings.sources, found)
     if settings.chunk.min_bytes > settings.chunk.max_bytes:
         found.problem("chunk.min_bytes", f"is larger than chunk.max_bytes ({settings.chunk.max_bytes})")
@@ -173,7 +173,8 @@ def _named_or_path(found: Findings, key: str, text: str, names: tuple[str, ...],
     return _resolve(found, key, text, folder) or text
 
 
-def _check_info(info: DomainInfo, found: Findings) -> None:
+def _check_info(settings: DomainSettings, found: Findings) -> None:
+    info = settings.domain
     stem = found.path.stem
     # A file such as _template.yaml is a pattern to copy, not a domain.
     if info.name != stem and not stem.startswith("_"):
@@ -187,6 +188,10 @@ def _check_info(info: DomainInfo, found: Findings) -> None:
     for i, word in enumerate(info.negative_keywords):
         if word.lower() in lowered:
             found.problem(f"domain.negative_keywords[{i}]", f"is {quote(word)}, which domain.keywords holds as well")
+    if info.keywords and not any(source.max_bytes for source in settings.sources):
+        found.warn(
+            "domain.keywords", "has no effect: it chooses documents where a source has `max_bytes`, and none has"
+        )
     if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*", info.language):
         found.problem("domain.language", f"is {quote(info.language)}, expected a language code such as en, es or pt-BR")
 
@@ -321,19 +326,16 @@ def _check_training(recipe: Recipe, found: Findings) -> None:
 
 def _check_gate(settings: DomainSettings, found: Findings) -> None:
     gate, evaluation = settings.gate, settings.evaluation
-    if gate.primary == "vault_bpb" and evaluation.windows < gate.min_windows:
-        text = (
-            f"is {gate.min_windows}, but a look scores only evaluation.windows = {evaluation.windows}: no "
-            "decision could fall"
-        )
-        found.problem("gate.min_windows", text)
-    if gate.primary != "vault_bpb":
-        items = getattr(evaluation, gate.primary)
-        if items < gate.min_items:
-            text = (
-                f"is {gate.min_items}, but a look asks only evaluation.{gate.primary} = {items}: no decision could fall"
-            )
-            found.problem("gate.min_items", text)
+    # Held-out text is needed for every decision, as the primary measure or as a guard.
+    if evaluation.windows < gate.min_windows:
+        text = f"but a look scores only evaluation.windows = {evaluation.windows}: no decision could fall"
+        found.problem("gate.min_windows", f"is {gate.min_windows}, {text}")
+    for task in ("mcq_known", "mcq_vault"):
+        items: int = getattr(evaluation, task)
+        # As a guard, questions can be left out (0); too few of them would block every decision.
+        if items < gate.min_items and (items > 0 or gate.primary == task):
+            text = f"but a look asks only evaluation.{task} = {items}: no decision could fall"
+            found.problem("gate.min_items", f"is {gate.min_items}, {text}")
     if evaluation.fitness_chunks == 0:
         found.warn("evaluation.fitness_chunks", "is 0: the gate cannot see whether a candidate still generates well")
 

@@ -183,6 +183,8 @@ def describe(kind: mi.Type) -> str:
     match kind:
         case mi.IntType() | mi.FloatType():
             noun = "a whole number" if isinstance(kind, mi.IntType) else "a number"
+            if kind.ge is not None and kind.le is not None:
+                return f"{noun} from {_plain(kind.ge)} to {_plain(kind.le)}"
             bounds = (
                 ("of at least", kind.ge),
                 ("greater than", kind.gt),

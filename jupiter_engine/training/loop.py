@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -91,9 +92,19 @@ class Trainer(Protocol):
 
     def import_state(self, state: TrainerState) -> None: ...
 
+    def share_state(self, updates: int) -> None:
+        """Give every rank rank 0's weights and moments, which have seen `updates` updates."""
+        ...
+
     def fingerprint(self) -> str:
         """SHA-256 over this rank's weights, in name order."""
         ...
+
+    def save(self, folder: Path) -> None:
+        """Write the master weights as model.safetensors, rounded to the recipe's compute precision."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Reporter(Protocol):
@@ -139,11 +150,12 @@ class Training:
         data: TrainingData,
         trainer: Trainer,
         reporter: Reporter,
-        store: CheckpointStore,
+        store: CheckpointStore | None,
         *,
         identity: Identity,
         world: World,
     ) -> None:
+        """`store` is None on ranks other than 0: only rank 0 writes."""
         self._recipe, self._data, self._trainer, self._reporter, self._store = recipe, data, trainer, reporter, store
         self._identity, self._world = identity, world
         self._order = BatchOrder(len(data.tokens), recipe.batch_sequences, recipe.seed)
@@ -170,19 +182,32 @@ class Training:
         """The encoded metric lines of all steps done."""
         return b"".join(self._metrics)
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Take over a stored state; every rank gets the same one."""
-        if checkpoint.tokens_total != self._tokens_total or checkpoint.tokens != sum(
-            self._step_tokens[: checkpoint.step]
-        ):
-            raise StateError(
-                f"the checkpoint of step {checkpoint.step} counts {checkpoint.tokens} of {checkpoint.tokens_total} "
-                f"tokens, the snapshot says {sum(self._step_tokens[: checkpoint.step])} of {self._tokens_total}",
-                fix="restore the snapshot, or remove the run folder to train anew",
-            )
-        self._trainer.import_state(checkpoint.trainer)
-        self._step, self._tokens = checkpoint.step, checkpoint.tokens
-        self._metrics = checkpoint.metrics.splitlines(keepends=True)
+    def take_up(self, checkpoint: Checkpoint | None) -> None:
+        """Go on from a stored state. Rank 0 brings it (None: from the beginning), the others get it from there."""
+        mine = checkpoint.step if checkpoint is not None else 0
+        step = int(self._trainer.exchange([float(mine)])[0, 0])
+        if step == 0:
+            return
+        tokens = sum(self._step_tokens[:step])
+        if checkpoint is not None:
+            if (checkpoint.tokens, checkpoint.tokens_total) != (tokens, self._tokens_total):
+                raise StateError(
+                    f"the checkpoint of step {step} counts {checkpoint.tokens} of {checkpoint.tokens_total} tokens, "
+                    f"the snapshot says {tokens} of {self._tokens_total}",
+                    fix="restore the snapshot, or remove the run folder to train anew",
+                )
+            self._trainer.import_state(checkpoint.trainer)
+            self._metrics = checkpoint.metrics.splitlines(keepends=True)
+        self._trainer.share_state(step)
+        self._step, self._tokens = step, tokens
+
+    def save(self, folder: Path) -> None:
+        """Write the weights as model.safetensors into `folder`, in the recipe's compute precision."""
+        self._trainer.save(folder)
+
+    def close(self) -> None:
+        """Leave the group together with the other ranks."""
+        self._trainer.close()
 
     def run(self) -> Outcome:
         """Train to the last step, or to the next step boundary after a halt was asked for."""
@@ -265,7 +290,7 @@ class Training:
         )
 
     def _diverged(self, loss: float, norm: float) -> None:
-        kept = self._store.steps()
+        kept = self._store.steps() if self._store is not None else []
         from_here = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint had been written yet"
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4f}, its gradient norm {norm}"
         raise Diverged(
@@ -277,7 +302,7 @@ class Training:
         """Write the state (rank 0) and let every rank know whether that worked."""
         self.agree_on_weights(f"after step {self._step}")
         failure: JupiterError | OSError | None = None
-        if self._trainer.rank == 0:
+        if self._store is not None:
             try:
                 self._store.write(self.snapshot())
             except (JupiterError, OSError) as error:

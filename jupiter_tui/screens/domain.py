@@ -79,7 +79,9 @@ class DomainPage(Page):
     @work
     async def action_new(self) -> None:
         hint = "Small letters, digits, - and _. A file is made from the template; e opens it."
-        name = await self.app.push_screen_wait(AskSheet("Name of the new domain", [[(hint, "dim")]], placeholder="my-domain"))
+        name = await self.app.push_screen_wait(
+            AskSheet("Name of the new domain", [[(hint, "dim")]], placeholder="my-domain")
+        )
         if not name:
             return
         try:

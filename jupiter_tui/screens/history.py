@@ -58,7 +58,9 @@ class HistoryPage(Page):
         self._show_cycle(chosen)
 
     def _show_cycle(self, chosen: CycleState) -> None:
-        running = picture_curve if (picture_curve := self.picture.curve).run == chosen.stages["train"].run else self._curve
+        running = (
+            picture_curve if (picture_curve := self.picture.curve).run == chosen.stages["train"].run else self._curve
+        )
         curve = running if running.run == chosen.stages["train"].run else Curve()
         now, report = self.picture.now, self._report
         self.query_one("#cycle", Pane).show(lambda w: cycle_lines(chosen, w, report=report, curve=curve, now=now))

@@ -18,7 +18,7 @@ from jupiter_tui.screens.desk import Desk
 from jupiter_tui.screens.sheets import StartSheet, StartWish
 from jupiter_tui.view.header import alert_line, tabs_line, title_line
 from jupiter_tui.view.picture import Picture
-from jupiter_tui.view.text import Line, cut_line, plain
+from jupiter_tui.view.text import Line, plain
 from jupiter_tui.widgets.lines import Bar
 
 SMALLEST = (60, 16)
@@ -81,7 +81,9 @@ class Page(Screen[None]):
         width, height = self.app.size
         small = width < SMALLEST[0] or height < SMALLEST[1]
         self.set_class(small, "-small")
-        text = f"jupiter needs a terminal of {SMALLEST[0]}x{SMALLEST[1]}; this one is {width}x{height}. The work goes on."
+        text = (
+            f"jupiter needs a terminal of {SMALLEST[0]}x{SMALLEST[1]}; this one is {width}x{height}. The work goes on."
+        )
         self.query_one("#too-small", Bar).show(lambda w: [[(text[i : i + w], "warn")] for i in range(0, len(text), w)])
 
     def show(self, picture: Picture) -> None:
@@ -108,7 +110,7 @@ class Page(Screen[None]):
 
     def _key_line(self, width: int) -> list[Line]:
         live = self.active_bindings
-        left: Line = [(" ", "")]
+        left: list[Line] = []
         right: Line = []
         for action in actions.for_page(self.PAGE):
             first = action.keys.split(",")[0]
@@ -119,10 +121,14 @@ class Page(Screen[None]):
             if action.page == "*":
                 right += part
             else:
-                left += part
+                left.append(part)
+        line: Line = [(" ", "")]
         room = width - len(plain(right))
-        left = cut_line(left, room - 1)
-        return [[*left, (" " * (room - len(plain(left))), ""), *right]]
+        for part in left:
+            # Whole keys only: half a key helps nobody, and ? shows them all.
+            if len(plain(line)) + len(plain(part)) <= room:
+                line += part
+        return [[*line, (" " * (room - len(plain(line))), ""), *right]]
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002 - Textual's signature
         known = next((a for a in actions.ACTIONS if a.page == self.PAGE and a.name.partition("(")[0] == action), None)

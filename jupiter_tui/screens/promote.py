@@ -82,9 +82,15 @@ class PromotePage(Page):
             return
         decision = cycle.decision
         against = decision.verdict != "promote"
-        lines: list[Line] = [[(f"{decision.candidate} shall replace {decision.incumbent} as the generator of {cycle.domain}.", "")]]
+        lines: list[Line] = [
+            [(f"{decision.candidate} shall replace {decision.incumbent} as the generator of {cycle.domain}.", "")]
+        ]
         if against:
-            lines += [[], verdict_line(decision), [("This goes against the gate. The override is stored with the decision.", "warn")]]
+            lines += [
+                [],
+                verdict_line(decision),
+                [("This goes against the gate. The override is stored with the decision.", "warn")],
+            ]
         sheet = TypeSheet("Promote", lines, OVERRIDE if against else decision.candidate)
         if await self.app.push_screen_wait(sheet):
             command = Decide(cycle=cycle.id, answer="promote", override=against)
@@ -102,9 +108,14 @@ class PromotePage(Page):
     @work
     async def action_rollback(self) -> None:
         target = self.generators()[self.chosen()]
-        lines: list[Line] = [[(f"{target.name} shall be the generator of {target.domain} again. No model is deleted.", "")]]
+        lines: list[Line] = [
+            [(f"{target.name} shall be the generator of {target.domain} again. No model is deleted.", "")]
+        ]
         if await self.app.push_screen_wait(TypeSheet("Roll back", lines, target.name)):
-            await self.tried(self.desk.bridge.perform(Rollback(domain=target.domain, to=target.name)), f"{target.name} is active again")
+            await self.tried(
+                self.desk.bridge.perform(Rollback(domain=target.domain, to=target.name)),
+                f"{target.name} is active again",
+            )
 
 
 _NOTHING_YET = (

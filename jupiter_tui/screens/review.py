@@ -70,7 +70,12 @@ class ReviewPage(Page):
     def draw(self, picture: Picture) -> None:
         cycle = picture.cycle
         if cycle is not None:
-            counted = (cycle.id, cycle.counts.get("samples"), cycle.counts.get("accepted"), cycle.counts.get("rejected"))
+            counted = (
+                cycle.id,
+                cycle.counts.get("samples"),
+                cycle.counts.get("accepted"),
+                cycle.counts.get("rejected"),
+            )
             if counted != self._loaded_for:
                 if cycle.id != (self._loaded_for[:1] or ("",))[0]:
                     self._index, self._steps = 0, []
@@ -84,7 +89,13 @@ class ReviewPage(Page):
         self.query_one("#position", Bar).show(
             lambda w: [
                 position_line(
-                    self._index, len(self._samples), counts=self._counts, status=self._status, search=self._search, width=w, waits=waits
+                    self._index,
+                    len(self._samples),
+                    counts=self._counts,
+                    status=self._status,
+                    search=self._search,
+                    width=w,
+                    waits=waits,
                 )
             ]
         )
@@ -97,7 +108,9 @@ class ReviewPage(Page):
         beside = source.display
         chunk = self._chunk[1] if self._chunk[0] == sample.sample.chunk else None
         known = self._chunk[0] == sample.sample.chunk
-        source_text = (lambda w: chunk_lines(chunk, w)) if known else (lambda _: [[("reading…", "dim")]])
+
+        def source_text(width: int) -> list[Line]:
+            return chunk_lines(chunk, width) if known else [[("reading…", "dim")]]
 
         def lines(width: int) -> list[Line]:
             shown = sample_lines(sample, width)
@@ -125,14 +138,20 @@ class ReviewPage(Page):
         at = self.current()
         bridge = self.desk.bridge
         try:
-            samples = await bridge.samples(cycle.domain, cycle.number, status=self._status, search=self._search, limit=LIMIT)
+            samples = await bridge.samples(
+                cycle.domain, cycle.number, status=self._status, search=self._search, limit=LIMIT
+            )
             self._counts = await bridge.count_samples(cycle.domain, cycle.number)
         except JupiterError as error:
             self.say(error.sentence(), bad=True)
             return
         self._samples = samples
         ids = [s.sample.id for s in samples]
-        self._index = ids.index(at.sample.id) if at is not None and at.sample.id in ids else min(self._index, max(0, len(ids) - 1))
+        self._index = (
+            ids.index(at.sample.id)
+            if at is not None and at.sample.id in ids
+            else min(self._index, max(0, len(ids) - 1))
+        )
         self._draw_sample()
         self.update_keys()
 
@@ -173,7 +192,7 @@ class ReviewPage(Page):
         if sample is None:
             return
         reason = await self.app.push_screen_wait(ChoiceSheet("Why reject it?", REASONS))
-        if reason and self.current() is sample:
+        if reason:
             self._judge("reject", reason)
 
     def _judge(self, verdict: Verdict, reason: str) -> None:
@@ -237,6 +256,8 @@ class ReviewPage(Page):
         if cycle is None:
             return
         left = self.picture.waiting_samples
-        question = f"Finish the review of cycle {cycle.id}? {left} samples without your verdict keep what the filters said."
+        question = (
+            f"Finish the review of cycle {cycle.id}? {left} samples without your verdict keep what the filters said."
+        )
         if await self.app.push_screen_wait(ConfirmSheet("Finish the review", question)):
             await self.tried(self.desk.bridge.perform(FinishReview(cycle=cycle.id)), "the cycle goes on")

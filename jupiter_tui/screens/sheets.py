@@ -8,7 +8,6 @@ from typing import ClassVar, TypeVar
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.events import Key
 from textual.screen import ModalScreen
 from textual.widgets import Input
 
@@ -39,8 +38,7 @@ class Sheet(ModalScreen[R]):
 
     def answers(self) -> ComposeResult:
         """The widgets below the text."""
-        return
-        yield
+        yield from ()
 
     def on_mount(self) -> None:
         self._show()
@@ -112,7 +110,9 @@ class AskSheet(Sheet[str]):
 class ChoiceSheet(Sheet[str]):
     """One of a few answers by digit, or typed words."""
 
-    def __init__(self, title: str, choices: tuple[str, ...], *, placeholder: str = "or type it and press enter") -> None:
+    def __init__(
+        self, title: str, choices: tuple[str, ...], *, placeholder: str = "or type it and press enter"
+    ) -> None:
         super().__init__(title, [[(f"{i}  {choice}", "")] for i, choice in enumerate(choices, 1)])
         self._choices = choices
         self._placeholder = placeholder
@@ -120,10 +120,8 @@ class ChoiceSheet(Sheet[str]):
     def answers(self) -> ComposeResult:
         yield Input(placeholder=self._placeholder)
 
-    def on_key(self, event: Key) -> None:
-        """A digit chooses, as long as nothing has been typed (the input has the focus and would eat it)."""
-
     def on_input_changed(self, event: Input.Changed) -> None:
+        """A digit as the first letter chooses at once."""
         if len(event.value) == 1 and event.value.isdigit() and 1 <= int(event.value) <= len(self._choices):
             self.dismiss(self._choices[int(event.value) - 1])
 
@@ -171,10 +169,14 @@ class StartSheet(Sheet[StartWish]):
             [("enter starts, escape leaves", "title")],
         ]
         unfinished = [
-            c for c in self._picture.state.cycles.values() if c.domain == self._domain and c.status in ("paused", "failed")
+            c
+            for c in self._picture.state.cycles.values()
+            if c.domain == self._domain and c.status in ("paused", "failed")
         ]
         if unfinished:
-            self._lines.insert(0, [(f"Cycle {unfinished[-1].number} is {unfinished[-1].status}: it is continued first.", "warn")])
+            self._lines.insert(
+                0, [(f"Cycle {unfinished[-1].number} is {unfinished[-1].status}: it is continued first.", "warn")]
+            )
         super()._show()
 
     def action_mode(self) -> None:
@@ -192,7 +194,9 @@ class StartSheet(Sheet[StartWish]):
 class TextSheet(Sheet[None]):
     """Lines to read and scroll; any of escape, q, enter closes it."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("q,enter,question_mark,exclamation_mark", "leave", "back", show=False)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q,enter,question_mark,exclamation_mark", "leave", "back", show=False)
+    ]
 
     def compose(self) -> ComposeResult:
         pane = Pane(self._title, classes="sheet tall")
@@ -208,7 +212,10 @@ def help_sheet(page: str, title: str, *, read_only: bool) -> TextSheet:
     """The keys of a page and those that work everywhere."""
     lines: list[Line] = []
     shown = [a for a in actions.for_page(page) if not (a.mutates and read_only)]
-    for heading, group in ((title, [a for a in shown if a.page != "*"]), ("Everywhere", [a for a in shown if a.page == "*"])):
+    for heading, group in (
+        (title, [a for a in shown if a.page != "*"]),
+        ("Everywhere", [a for a in shown if a.page == "*"]),
+    ):
         lines.append([(heading, "title"), ("", "")])
         for action in group:
             keys = " ".join(actions.shown(k) for k in action.keys.split(",") if k != "equals_sign")

@@ -96,7 +96,9 @@ class TrainPage(Page):
     @work
     async def action_pause(self) -> None:
         if (cycle := self.picture.cycle) is not None:
-            await self.tried(self.desk.bridge.perform(Pause(cycle=cycle.id)), f"cycle {cycle.number} pauses at the next safe point")
+            await self.tried(
+                self.desk.bridge.perform(Pause(cycle=cycle.id)), f"cycle {cycle.number} pauses at the next safe point"
+            )
 
     @work
     async def action_resume(self) -> None:
@@ -113,7 +115,9 @@ class TrainPage(Page):
             return
         question = f"Stop cycle {cycle.id} at its next safe point? What it made stays; R can take it up again."
         if await self.app.push_screen_wait(ConfirmSheet("Stop", question)):
-            await self.tried(self.desk.bridge.perform(Stop(cycle=cycle.id)), f"cycle {cycle.number} stops at the next safe point")
+            await self.tried(
+                self.desk.bridge.perform(Stop(cycle=cycle.id)), f"cycle {cycle.number} stops at the next safe point"
+            )
 
     def action_freeze(self) -> None:
         self._frozen = not self._frozen

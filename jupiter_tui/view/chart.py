@@ -137,7 +137,7 @@ def _row(row: int, strong: Raster, faint: Raster, limits: tuple[float, float]) -
     line: Line = [(label, "dim")]
     for front, back in zip(strong.cells[row], faint.cells[row], strict=True):
         # One cell holds one style: where both curves share a cell the strong one keeps it.
-        character, style = chr(0x2800 + (front | back)), "accent" if front else "dim"
+        character, style = chr(0x2800 + (front | back)) if front | back else " ", "accent" if front else "dim"
         if len(line) > 1 and line[-1][1] == style:
             line[-1] = (line[-1][0] + character, style)
         else:

@@ -56,9 +56,13 @@ def endpoint_lines(endpoint: Endpoint, width: int) -> list[Line]:
     )
     lines.append([(interval, "")])
     if math.isfinite(endpoint.effect):
-        drawn = interval_bar(endpoint.low, endpoint.effect, endpoint.high, endpoint.threshold, max(16, min(60, width - 24)))
+        drawn = interval_bar(
+            endpoint.low, endpoint.effect, endpoint.high, endpoint.threshold, max(16, min(60, width - 24))
+        )
         lines.append([("  worse ", "dim"), (drawn, passed_words(endpoint)[1] or "accent"), (" better", "dim")])
-    facts = f"  {endpoint.test}, p {number(endpoint.p_value, 3)}, {endpoint.units} units in {endpoint.clusters} clusters"
+    facts = (
+        f"  {endpoint.test}, p {number(endpoint.p_value, 3)}, {endpoint.units} units in {endpoint.clusters} clusters"
+    )
     lines.append([(f"{facts}, could find {number(endpoint.mde, 3)}", "dim")])
     lines += wrap(endpoint.sentence, width - 2, indent="  ")
     return [cut_line(line, width) for line in lines] + [[]]
@@ -67,7 +71,14 @@ def endpoint_lines(endpoint: Endpoint, width: int) -> list[Line]:
 def decision_lines(decision: Decision, width: int) -> list[Line]:
     """The whole decision: verdict, sentences, endpoints (primary first), examples."""
     lines: list[Line] = [verdict_line(decision)]
-    lines.append([("candidate ", "dim"), (one_line(decision.candidate), "bold"), ("  against ", "dim"), (one_line(decision.incumbent), "bold")])
+    lines.append(
+        [
+            ("candidate ", "dim"),
+            (one_line(decision.candidate), "bold"),
+            ("  against ", "dim"),
+            (one_line(decision.incumbent), "bold"),
+        ]
+    )
     look = f"look {decision.look} against this generator, slice {decision.slice}, error budget {decision.alpha:.4g} of {decision.alpha_total:.4g}"
     lines += [cut_line([(look, "dim")], width), []]
     for sentence in decision.sentences:
@@ -89,9 +100,15 @@ def example_lines(examples: Sequence[Example], width: int) -> list[Line]:
     lines: list[Line] = [rule(f"Examples: {wins} won, {len(examples) - wins} lost by the candidate", width)]
     for example in sorted(examples, key=lambda e: e.winner != "candidate"):
         won = example.winner == "candidate"
-        lines.append([("ok won " if won else "!! lost", "good" if won else "bad"), (f"  {one_line(example.task)}", "dim")])
+        lines.append(
+            [("ok won " if won else "!! lost", "good" if won else "bad"), (f"  {one_line(example.task)}", "dim")]
+        )
         lines += wrap(example.question, width - 2, indent="  ")[:6]
-        for label, text in (("right", example.right), ("candidate", example.candidate), ("generator", example.incumbent)):
+        for label, text in (
+            ("right", example.right),
+            ("candidate", example.candidate),
+            ("generator", example.incumbent),
+        ):
             lines += [[(f"  {pad(label, 10)}", "dim"), (cut(one_line(text), max(10, width - 12)), "")]]
         lines.append([])
     return lines
@@ -123,8 +140,15 @@ def promote_heading(cycle: CycleState | None) -> Line:
     if cycle.decision is None:
         return [(f"Cycle {cycle.number} has not been measured yet.", "dim")]
     if cycle.waiting_for == "decision":
-        keys = "p promotes the candidate" if cycle.decision.verdict == "promote" else "p promotes against the gate (OVERRIDE)"
-        return [("** ", "warn"), (f"Cycle {cycle.number} waits for you: {keys}, h keeps the present generator.", "bold")]
+        keys = (
+            "p promotes the candidate"
+            if cycle.decision.verdict == "promote"
+            else "p promotes against the gate (OVERRIDE)"
+        )
+        return [
+            ("** ", "warn"),
+            (f"Cycle {cycle.number} waits for you: {keys}, h keeps the present generator.", "bold"),
+        ]
     if cycle.answer:
         done = "promoted" if cycle.answer == "promote" else "kept the generator"
         return [mark("ok"), (f" Cycle {cycle.number}: {cycle.answered_by or 'the gate'} {done}.", "bold")]

@@ -16,10 +16,15 @@ def domain_rows(domains: tuple[DomainFile, ...], state: State, cursor: int, widt
     lines: list[Line] = []
     for index, domain in enumerate(domains):
         cycles = sum(c.domain == domain.name for c in state.cycles.values())
-        note = f"{len(domain.problems)} problems" if domain.problems else f"{cycles} cycles" if cycles else "no cycle yet"
+        note = (
+            f"{len(domain.problems)} problems" if domain.problems else f"{cycles} cycles" if cycles else "no cycle yet"
+        )
         chosen = index == cursor
         line: Line = [(">" if chosen else " ", "accent"), mark("bad" if domain.problems else "ok"), (" ", "")]
-        line += [(pad(domain.name, 18), "cursor" if chosen else "bold"), (f" {note}", "bad" if domain.problems else "dim")]
+        line += [
+            (pad(domain.name, 18), "cursor" if chosen else "bold"),
+            (f" {note}", "bad" if domain.problems else "dim"),
+        ]
         lines.append(cut_line(line, width))
     return lines or [[("no domain yet: n makes one", "dim")]]
 
@@ -71,7 +76,9 @@ def plan_lines(settings: dict[str, Any], last: CycleState | None) -> list[Line]:
         rows.append(("last cycle", f"took {duration_text(last.ended_at - last.created_at)} here"))
         speed = result_of(last, "train", "tokens_per_s")
         if speed:
-            rows.append(("training", f"about {duration_text(tokens / speed)} at the last cycle's {count_text(speed)} tokens/s"))
+            rows.append(
+                ("training", f"about {duration_text(tokens / speed)} at the last cycle's {count_text(speed)} tokens/s")
+            )
     return pairs(rows)
 
 
@@ -85,7 +92,9 @@ def _review_words(review: dict[str, Any]) -> str:
 
 
 def gate_lines(gate: dict[str, Any]) -> list[Line]:
-    return pairs([(key.replace("_", " "), number(v) if isinstance(v, (int, float)) else str(v)) for key, v in gate.items()])
+    return pairs(
+        [(key.replace("_", " "), number(v) if isinstance(v, (int, float)) else str(v)) for key, v in gate.items()]
+    )
 
 
 def tree_lines(value: Any, depth: int = 0) -> list[Line]:

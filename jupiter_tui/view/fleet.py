@@ -32,7 +32,12 @@ def node_lines(picture: Picture, width: int) -> list[Line]:
             ("python", node.python),
         ]
     )
-    head: Line = [mark("ok"), (" ready   ", "good"), (one_line(node.name), "bold"), (f"   {local_abilities(picture.cluster)}", "dim")]
+    head: Line = [
+        mark("ok"),
+        (" ready   ", "good"),
+        (one_line(node.name), "bold"),
+        (f"   {local_abilities(picture.cluster)}", "dim"),
+    ]
     return [cut_line(line, width) for line in [rule("This machine", width), head, [], *rows, [], *facts]]
 
 
@@ -71,7 +76,10 @@ def cluster_lines(picture: Picture, width: int) -> list[Line]:
     lines: list[Line] = [rule("config/cluster.yaml", width)]
     if picture.cluster_problems:
         for problem in picture.cluster_problems:
-            lines += [[mark("bad"), (" ", ""), *first] if i == 0 else [("   ", ""), *first] for i, first in enumerate(wrap(problem, width - 3))]
+            lines += [
+                [mark("bad"), (" ", ""), *first] if i == 0 else [("   ", ""), *first]
+                for i, first in enumerate(wrap(problem, width - 3))
+            ]
         return lines
     if picture.cluster is None:
         return [*lines, [("reading…", "dim")]]
@@ -83,7 +91,11 @@ def cluster_lines(picture: Picture, width: int) -> list[Line]:
             [mark("ok" if used else "none"), (f" {pad(name, 18)}", "bold"), (f"{pad(host, 20)} {pad(node.get('role', ''), 10)} ", ""),
              ("this machine" if used else "not used by this version", "dim" if used else "warn")]
         )  # fmt: skip
-    others = {k: v for k, v in (picture.cluster or {}).items() if k not in ("nodes", "schema") and v not in (None, "", (), [], {})}
+    others = {
+        k: v
+        for k, v in (picture.cluster or {}).items()
+        if k not in ("nodes", "schema") and v not in (None, "", (), [], {})
+    }
     lines += [[], *pairs([(key, one_line(_value(value))) for key, value in others.items()])]
     return [cut_line(line, width) for line in lines]
 

@@ -41,7 +41,9 @@ def cycle_state_words(cycle: CycleState) -> str:
 
 def title_line(picture: Picture, width: int, *, read_only: bool = False) -> Line:
     """Workspace, domain, cycle, stage, share, ETA on the left; engine and clock on the right."""
-    left: Line = [(" jupiter", "title"), (" ▸ ", "dim"), (PurePath(picture.root).name or "/", "")]
+    left: Line = [(" jupiter", "title")]
+    if width >= 100 and picture.root:
+        left += [(" ▸ ", "dim"), (PurePath(picture.root).name or "/", "")]
     if picture.domain:
         left += [(" ▸ ", "dim"), (picture.domain, "bold")]
     cycle = picture.cycle
@@ -61,8 +63,9 @@ def title_line(picture: Picture, width: int, *, read_only: bool = False) -> Line
                     left += [(f"  ETA {duration_text(picture.progress.eta_s)}", "")]
     right: Line = [("read-only  ", "warn")] if read_only else []
     if picture.loaded:
-        right += [mark("ok"), (" engine  ", "")] if picture.engine_lives else [mark("none"), (" no engine  ", "dim")]
-        right += [(clock(picture.now) + " ", "dim")]
+        right += [mark("ok"), (" engine ", "")] if picture.engine_lives else [mark("none"), (" no engine ", "dim")]
+        if width >= 100:
+            right += [(" " + clock(picture.now) + " ", "dim")]
     room = width - len(plain(right))
     left = cut_line(left, room - 1)
     return [*left, (" " * max(1, room - len(plain(left))), ""), *right]

@@ -20,7 +20,11 @@ def newest_first(state: State) -> list[CycleState]:
 def cycle_sign(cycle: CycleState) -> Span:
     if cycle.status == "finished":
         return ("ok", "good") if cycle.outcome == "promoted" else ("ok", "dim")
-    return {"failed": ("!!", "bad"), "stopped": ("==", "warn"), "paused": ("==", "warn")}.get(cycle.status, ("..", "accent"))
+    if cycle.waiting_for and cycle.status == "running":
+        return ("**", "warn")
+    return {"failed": ("!!", "bad"), "stopped": ("==", "warn"), "paused": ("==", "warn")}.get(
+        cycle.status, ("..", "accent")
+    )
 
 
 def _loss(cycle: CycleState) -> str:
@@ -37,7 +41,16 @@ def primary_effect(cycle: CycleState) -> str:
 
 
 HEADING: Line = [
-    ("   " + pad("cycle", 18) + pad("state", 24) + pad("begun", 18) + pad("took", 9) + pad("loss", 15) + "measured", "dim")
+    (
+        "     "
+        + pad("cycle", 18)
+        + pad("state", 24)
+        + pad("begun", 18)
+        + pad("took", 9)
+        + pad("loss", 15)
+        + "measured",
+        "dim",
+    )
 ]
 
 
@@ -45,7 +58,7 @@ def cycle_row(cycle: CycleState, width: int, now: float, *, chosen: bool) -> Lin
     """One line: mark, id, state, begun, took, loss, effect."""
     took = duration_text((cycle.ended_at or now) - cycle.created_at)
     line: Line = [
-        (">" if chosen else " ", "accent"), cycle_sign(cycle),
+        ("> " if chosen else "  ", "accent"), cycle_sign(cycle), (" ", ""),
         (pad(cycle.id, 18), "cursor" if chosen else "bold"), (pad(cycle_state_words(cycle), 24), ""),
         (pad(day_and_clock(cycle.created_at), 18) + pad(took, 9) + pad(_loss(cycle), 15) + primary_effect(cycle), "dim"),
     ]  # fmt: skip
@@ -71,15 +84,31 @@ def cycle_lines(cycle: CycleState, width: int, *, report: str, curve: Curve, now
     """Everything about one cycle: outcome, stages, funnel, loss curve, decision, report."""
     took = duration_text((cycle.ended_at or now) - cycle.created_at)
     lines: list[Line] = [
-        [(cycle.id, "bold"), (f"  {cycle_state_words(cycle)}", "accent"), (f"  {cycle.mode}, asked by {cycle.by}, {took}", "dim")]
+        [
+            (cycle.id, "bold"),
+            (f"  {cycle_state_words(cycle)}", "accent"),
+            (f"  {cycle.mode}, asked by {cycle.by}, {took}", "dim"),
+        ]
     ]
     if cycle.decision is not None:
         sign, style, words = VERDICTS[cycle.decision.verdict]
         lines.append([(f"gate: {sign} {words}", style)])
-    lines += [[], rule("Stages", width), *stage_lines(cycle, width), [], rule("Samples", width), *funnel(cycle, width), []]
+    lines += [
+        [],
+        rule("Stages", width),
+        *stage_lines(cycle, width),
+        [],
+        rule("Samples", width),
+        *funnel(cycle, width),
+        [],
+    ]
     lines += [rule("Loss by step", width)]
     steps, losses = [m.step for m in curve.metrics], [m.loss for m in curve.metrics]
-    lines += chart(steps, losses, width=min(width, 100), height=12, weight=0.0, empty="no optimizer step was recorded") if steps else [[("no optimizer step was recorded", "dim")]]
+    lines += (
+        chart(steps, losses, width=min(width, 100), height=12, weight=0.0, empty="no optimizer step was recorded")
+        if steps
+        else [[("no optimizer step was recorded", "dim")]]
+    )
     if cycle.decision is not None:
         lines += [[], rule("Decision", width), *decision_lines(cycle.decision, width)]
     lines += [[], rule("Report", width)]

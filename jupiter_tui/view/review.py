@@ -46,7 +46,12 @@ def sample_lines(sample: SampleView, width: int) -> list[Line]:
     """Status, facts, prompt and response."""
     row = sample.sample
     facts = f"{row.id[:12]}  template {row.template} ({row.type})  by {row.generator}  {row.new_tokens} tokens, {row.finish}"
-    lines: list[Line] = [status_words(sample), cut_line([(one_line(facts), "dim")], width), score_line(sample.scores, width), []]
+    lines: list[Line] = [
+        status_words(sample),
+        cut_line([(one_line(facts), "dim")], width),
+        score_line(sample.scores, width),
+        [],
+    ]
     lines += [rule("Prompt", width), *wrap(row.prompt, width, "bold"), []]
     lines += [rule("Response", width), *wrap(row.response, width)]
     return lines

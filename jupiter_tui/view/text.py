@@ -18,7 +18,7 @@ Line = list[Span]
 
 MARKS: Final = {"ok": ("ok", "good"), "run": ("..", "accent"), "bad": ("!!", "bad"), "none": ("--", "dim")}
 
-_ASCII: Final = str.maketrans("▸·…●◆→←↑↓×≥≤Δ–—’“”±✓", ">|~**><^vx><d--'\"\"+v")
+_ASCII: Final = str.maketrans("▸·…●◆→←↑↓×≥≤Δ–—’“”±✓", '>|~**><^vx><d--\'""+v')
 # Text that flips its own direction or hides itself could make a screen lie without any escape sequence.
 _HIDDEN: Final = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0xFEFF))
 

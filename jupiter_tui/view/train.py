@@ -30,14 +30,17 @@ def stage_mark(stage: StageState, *, waits: bool = False) -> Span:
 
 def stage_strip(cycle: CycleState | None, width: int) -> list[Line]:
     """All stages in order with their marks, broken over as many lines as the width needs."""
+    # Two blanks between stages, or one where that saves a line.
+    whole = sum(len(name) + 3 for name in STAGES) + 1
+    between = "  " if width >= whole + len(STAGES) - 2 or width < whole else " "
     lines: list[Line] = [[(" ", "")]]
     waits_in = {"review": "review", "decision": "promote"}.get(cycle.waiting_for, "") if cycle else ""
     for name in STAGES:
         stage = cycle.stages.get(name) if cycle else None
         sign = stage_mark(stage, waits=name == waits_in and stage.status != "done") if stage else mark("none")
         active = sign[0] != "ok" and sign[0] != "--"
-        piece: Line = [sign, (" ", ""), (name, "bold" if active else "dim" if sign[0] == "--" else ""), ("  ", "")]
-        if len(plain(lines[-1])) + len(plain(piece)) - 2 > width:
+        piece: Line = [sign, (" ", ""), (name, "bold" if active else "dim" if sign[0] == "--" else ""), (between, "")]
+        if len(plain(lines[-1])) + len(plain(piece)) - len(between) > width:
             lines.append([(" ", "")])
         lines[-1] += piece
     return lines
@@ -52,7 +55,9 @@ def progress_line(picture: Picture, width: int) -> Line:
     if stage is None or stage.status != "running":
         took = _took(cycle, picture.now)
         what = f" at {stage.stage}" if stage is not None and cycle.status != "finished" else ""
-        return cut_line([(f" cycle {cycle.number} {cycle_state_words(cycle)}{what}", "bold"), (f"  {took}", "dim")], width)
+        return cut_line(
+            [(f" cycle {cycle.number} {cycle_state_words(cycle)}{what}", "bold"), (f"  {took}", "dim")], width
+        )
     line: Line = [(f" {stage.stage} ", "bold")]
     share, progress = stage_share(picture), picture.progress
     if share is None or progress is None:

@@ -15,26 +15,15 @@ from textual.widget import Widget
 from jupiter_tui.view.text import Line, clean, to_ascii
 
 NAMES: Final = ("dim", "bold", "good", "bad", "warn", "accent", "title", "cursor", "tab", "match")
+INK_CLASSES: Final = {f"ink--{name}" for name in NAMES}
+"""Component classes; console.tcss gives them the theme's colours."""
 
 
 class Inked(Widget):
-    """A widget that draws lines of spans. The colours are component classes, so themes change them."""
+    """A widget that draws lines of spans. Textual inherits component classes along the first base only,
+    so a class that has another widget before this one names INK_CLASSES itself."""
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {f"ink--{name}" for name in NAMES}
-    DEFAULT_CSS = """
-    Inked {
-        & > .ink--dim { text-style: dim; }
-        & > .ink--bold { text-style: bold; }
-        & > .ink--good { color: $success; }
-        & > .ink--bad { color: $error; text-style: bold; }
-        & > .ink--warn { color: $warning; }
-        & > .ink--accent { color: $accent; }
-        & > .ink--title { color: $primary; text-style: bold; }
-        & > .ink--cursor { text-style: bold reverse; }
-        & > .ink--tab { color: $primary; text-style: bold reverse; }
-        & > .ink--match { text-style: reverse; }
-    }
-    """
+    COMPONENT_CLASSES: ClassVar[set[str]] = INK_CLASSES
 
     def ink(self, name: str) -> Style:
         """The style of a name; unknown and empty names are plain."""

@@ -11,7 +11,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from jupiter_tui.view.text import Line
-from jupiter_tui.widgets.ink import Inked
+from jupiter_tui.widgets.ink import INK_CLASSES, Inked
 
 Build = Callable[[int], list[Line]]
 """Makes the lines for a width in cells."""
@@ -53,6 +53,7 @@ class Pane(ScrollView, Inked, can_focus=True):
         Binding("g", "scroll_home", "first line", show=False),
         Binding("G", "scroll_end", "last line", show=False),
     ]
+    COMPONENT_CLASSES: ClassVar[set[str]] = INK_CLASSES
     DEFAULT_CSS = """
     Pane { scrollbar-size: 0 0; overflow: auto auto; background: transparent; }
     """

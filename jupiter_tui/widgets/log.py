@@ -59,15 +59,19 @@ class LogPane(Pane):
             self.matches, self._searched = [], 0
         self.virtual_size = Size(max(self._widest, self.content_size.width), self._count)
         if self.follow:
-            self.scroll_to(y=self._count, animate=False)
+            self._to(self._count)
         elif lost:
-            self.scroll_to(y=self.scroll_y - lost, animate=False)
+            self._to(self.scroll_y - lost)
         self._say_position()
         self.refresh()
 
+    def _to(self, y: float) -> None:
+        # Forced: before the first layout Textual still believes that there is nothing to scroll.
+        self.scroll_to(y=y, animate=False, force=True)
+
     def _rebuild(self) -> None:
         if self.follow and self._count:
-            self.scroll_to(y=self._count, animate=False)
+            self._to(self._count)
 
     # -- finding ---------------------------------------------------------------------------------
     def find(self, term: str) -> None:
@@ -94,14 +98,14 @@ class LogPane(Pane):
             self._at = (self._at + step) % len(self.matches)
             self.follow = False
             height = max(1, self.content_size.height)
-            self.scroll_to(y=max(0, self.matches[self._at] - height // 2), animate=False)
+            self._to(max(0, self.matches[self._at] - height // 2))
         self._say_position()
 
     # -- following -------------------------------------------------------------------------------
     def set_follow(self, follow: bool) -> None:  # noqa: FBT001 - a switch has one value
         self.follow = follow
         if follow:
-            self.scroll_to(y=self._count, animate=False)
+            self._to(self._count)
         self._say_position()
 
     def _leave_end(self) -> None:

@@ -34,7 +34,7 @@ class Rig:
         self.engine._carry_out_commands()
         answered, refusal = self.engine.database.command_answer(number)
         assert answered
-        return refusal
+        return None if refusal is None else f"{refusal.detail} -> {refusal.fix}"
 
     async def steps(self, most: int = 200) -> int:
         """Step until nothing happens any more; the number of steps taken."""

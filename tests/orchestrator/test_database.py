@@ -14,7 +14,7 @@ from jupiter_engine.orchestrator.lineage import trace
 from jupiter_engine.protocol.commands import Pause
 from jupiter_engine.protocol.journal import Noted
 from jupiter_engine.protocol.rows import Sample, Verdict
-from jupiter_engine.protocol.state import State
+from jupiter_engine.protocol.state import Failure, State
 from tests.orchestrator.scripted_worker import chunk, document
 
 
@@ -128,8 +128,9 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
 def test_commands_are_answered_once_and_in_order(database: Database) -> None:
     first, second = database.submit(Pause(cycle="a")), database.submit(Pause(cycle="b"))
     assert [number for number, _ in database.open_commands()] == [first, second]
-    database.answer_command(first, "no such cycle")
-    assert database.command_answer(first) == (True, "no such cycle")
+    refusal = Failure(kind="UsageError", title="Wrong usage", detail="no such cycle", fix="")
+    database.answer_command(first, refusal)
+    assert database.command_answer(first) == (True, refusal)
     assert database.command_answer(second) == (False, None)
     assert [number for number, _ in database.open_commands()] == [second]
 

@@ -87,7 +87,7 @@ def test_an_almost_empty_file_means_this_machine(tmp_path: Path) -> None:
         ("nodes: [{host: localhost}, {host: 127.0.0.1}]", "this machine, which nodes[0] is already"),
         ("nodes: [{name: ' '}]", "`nodes[0].name` is empty"),
         ("nodes: [{host: a, ssh_user: '-x'}]", "no user name"),
-        ("nodes: [{host: a, ssh_port: 70000}]", "of at most 65535"),
+        ("nodes: [{host: a, ssh_port: 70000}]", "from 1 to 65535"),
         ("nodes: [{role: train}]", "did you mean trainer?"),
         ("nodes: [{role: generator, can_train: true}]", "role generator does not train; write `role: hybrid`"),
         ("nodes: [{role: generator, can_generate: false}]", "may do nothing"),
@@ -96,7 +96,7 @@ def test_an_almost_empty_file_means_this_machine(tmp_path: Path) -> None:
         ("launch: {launcher: torchrun, twin: mlx}", "the twin of this machine is mlx"),
         ("launch: {launcher: mlx.launch, twin: torch}", "the twin of this machine is torch"),
         ("launch: {twin: pytorch}", "did you mean torch?"),
-        ("retries: {worker_restarts: -1}", "of at least 0"),
+        ("retries: {worker_restarts: -1}", "from 0 to 100"),
         ("schema: jupiter/domain@1", "expected jupiter/cluster@1"),
     ],
 )

@@ -229,6 +229,12 @@ RULES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"gate": {"primary": "vault_bpb"}, "evaluation__windows": 20},
         ("`gate.min_windows` is 40", "evaluation.windows = 20"),
     ),
+    "too few windows for the guard": ({"evaluation__windows": 20}, ("`gate.min_windows` is 40",)),
+    "too few items for a guard": ({"evaluation__mcq_vault": 59}, ("`gate.min_items` is 60", "mcq_vault = 59")),
+    "no items for the primary": (
+        {"gate": {"primary": "mcq_vault"}, "evaluation__mcq_vault": 0},
+        ("`gate.min_items` is 60", "mcq_vault = 0"),
+    ),
     "too few items": (
         {"gate": {"primary": "mcq_known"}, "evaluation__mcq_known": 10},
         ("`gate.min_items` is 60", "evaluation.mcq_known = 10"),
@@ -259,6 +265,7 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
         "`generation.templates[0].topics` has no effect",
     ),
     "English wording": ({"domain__language": "es"}, "will ask in English"),
+    "keywords unused": ({"domain__keywords": ["granite"]}, "`domain.keywords` has no effect"),
     "no fitness": ({"evaluation__fitness_chunks": 0}, "cannot see whether a candidate still generates well"),
     "constant": (
         {"training__schedule": {"kind": "constant", "final_share": 0.5}},

@@ -162,7 +162,7 @@ def test_damaged_files(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_thousands_of_damaged_files(name: str, tmp_path: Path) -> None:
-    mutate(name, 300, tmp_path, seed=2)
+    mutate(name, 150, tmp_path, seed=2)
 
 
 # Text that is mostly YAML's own punctuation reaches corners that words never do.

@@ -111,7 +111,7 @@ REFUSALS: dict[str, tuple[str | bytes, int | None, tuple[str, ...]]] = {
     "exponent for whole": ("name: a\ncount: 1e3\n", 2, ("write 1000",)),
     "too small": ("name: a\ncount: 0\n", 2, ("found the number 0", "at least 1")),
     "below an open bound": ("name: a\ninner: {rate: 0}\n", 2, ("`inner.rate`", "greater than 0 and of at most 1")),
-    "too large": ("name: a\ninner: {rate: 1.5}\n", 2, ("found the number 1.5", "of at most 1")),
+    "too large": ("name: a\ninner: {rate: 1.5}\n", 2, ("found the number 1.5", "greater than 0 and of at most 1")),
     "huge": (f"name: a\ncount: {'9' * 400}\n", 2, ("the number is too large",)),
     "huge float": ("name: a\ninner: {rate: 1e999}\n", 2, ("the number is too large",)),
     "not a number": ("name: a\ninner: {rate: .nan}\n", 2, ("found the number .nan", "finite decimal number")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,18 @@ Weights = dict[str, mx.array]
 def join_group() -> Alone:
     """Join the ring that mlx.launch started this process for."""
     return RingGroup()
+
+
+def open_trainer(
+    info: ModelInfo,
+    recipe: Recipe,
+    weights: Mapping[str, npt.NDArray[Any]] | None,
+    *,
+    group: Alone | None = None,
+    threads: int = 0,
+) -> MlxTrainer:
+    """This twin's trainer; see MlxTrainer."""
+    return MlxTrainer(info, recipe, weights, group=group, threads=threads)
 
 
 def versions() -> dict[str, str]:
@@ -131,7 +144,7 @@ class MlxTrainer:
         for name, gradient in tree_flatten(gradients):
             self._gradients[name] = self._gradients[name] + gradient.astype(mx.float32)
         mx.eval(total, self._gradients)
-        return float(total.item())
+        return float(np.array(total))
 
     def exchange(self, row: Sequence[float]) -> npt.NDArray[np.float64]:
         return self._group.exchange(row)
@@ -140,7 +153,7 @@ class MlxTrainer:
         sums = self._group.all_sum([self._gradients[name] for name in self._names])
         self._gradients = dict(zip(self._names, sums, strict=True))
         squares = mx.stack([mx.sum(mx.square(value)) for value in sums])
-        return float(mx.sqrt(mx.sum(squares)).item())
+        return math.sqrt(float(np.array(mx.sum(squares))))
 
     def apply(self, learning_rate: float, gradient_scale: float) -> None:
         for names, optimizer in self._optimizers:
@@ -173,7 +186,7 @@ class MlxTrainer:
             weights={name: np.array(value, copy=False) for name, value in self._master.items()},
             moments=moments,
             updates=self._updates,
-            rng={f"mlx.{index}": np.array(key) for index, key in enumerate(mx.random.state)},
+            rng={f"mlx.{index}": np.array(key) for index, key in enumerate(_generators())},
         )
 
     def import_state(self, state: TrainerState) -> None:
@@ -181,15 +194,27 @@ class MlxTrainer:
         self._master = {name: mx.array(state.weights[name]) for name in self._names}
         self._updates = state.updates
         self._set_moments(state)
-        keys = [state.rng[f"mlx.{index}"] for index in range(len(mx.random.state)) if f"mlx.{index}" in state.rng]
-        for index, key in enumerate(keys):
-            mx.random.state[index] = mx.array(key)
+        generators = _generators()
+        for index in range(len(generators)):
+            if f"mlx.{index}" in state.rng:
+                generators[index] = mx.array(state.rng[f"mlx.{index}"])
+        self._refresh()
+
+    def share_state(self, updates: int) -> None:
+        self._master = dict(zip(self._names, self._group.broadcast(list(self._master.values())), strict=True))
+        self._updates = updates
+        for names, optimizer in self._optimizers:
+            optimizer.state["step"] = mx.array(updates, mx.uint64)
+            moments = [optimizer.state[name][key] for name in names for key in ("m", "v")]
+            shared = iter(self._group.broadcast(moments))
+            for name in names:
+                optimizer.state[name] = {"m": next(shared), "v": next(shared)}
         self._refresh()
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name in self._names:
-            digest.update(np.array(self._master[name], copy=False).reshape(-1).view(np.uint8))
+            digest.update(np.array(self._master[name], copy=False).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -198,6 +223,12 @@ class MlxTrainer:
 
     def close(self) -> None:
         self._group.close()
+
+
+def _generators() -> list[mx.array]:
+    """MLX's global random state: a list that is changed in place."""
+    generators: Any = mx.random.state
+    return generators
 
 
 class _Weights:

@@ -184,6 +184,11 @@ class Llama(nn.Module):
         return self.logits(self.hidden(tokens, segments))
 
 
+def default_device() -> torch.device:
+    """The NVIDIA GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_model(folder: Path, dtype: Dtype = "bfloat16", device: str | torch.device = "cpu") -> Llama:
     """Verify a model folder and load it in the wanted precision (ModelInvalid when it is damaged)."""
     info = verify(folder)
@@ -195,7 +200,8 @@ def load_model(folder: Path, dtype: Dtype = "bfloat16", device: str | torch.devi
     wanted = model.state_dict().keys()
     state = {name: tensors[name].to(device=device, dtype=DTYPES[dtype]) for name in wanted}
     model.load_state_dict(state, strict=True, assign=True)
-    model.frequencies = rotary_frequencies(info)
+    # Made on the meta device above, where it holds no numbers.
+    model.frequencies = rotary_frequencies(info).to(device)
     return model
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from jupiter_engine.backends.torch.collectives import Alone, TorchrunGroup
 from jupiter_engine.backends.torch.model import DTYPES, Llama, load_model, rotary_frequencies, save_model
@@ -27,6 +27,18 @@ _LOSS_CHUNK = 1024
 def join_group() -> Alone:
     """Join the group that torchrun started this process for."""
     return TorchrunGroup()
+
+
+def open_trainer(
+    info: ModelInfo,
+    recipe: Recipe,
+    weights: Mapping[str, npt.NDArray[Any]] | None,
+    *,
+    group: Alone | None = None,
+    threads: int = 0,
+) -> TorchTrainer:
+    """This twin's trainer; see TorchTrainer."""
+    return TorchTrainer(info, recipe, weights, group=group, threads=threads)
 
 
 def versions() -> dict[str, str]:
@@ -126,7 +138,7 @@ class TorchTrainer:
         total = 0.0
         for start in range(0, len(targets), _LOSS_CHUNK):
             logits = self._model.logits(leaf[start : start + _LOSS_CHUNK]).float()
-            loss = F.cross_entropy(logits, targets[start : start + _LOSS_CHUNK], reduction="sum")
+            loss = functional.cross_entropy(logits, targets[start : start + _LOSS_CHUNK], reduction="sum")
             total += float(loss.detach())
             (loss * scale).backward()
         back = torch.zeros_like(hidden)
@@ -189,6 +201,17 @@ class TorchTrainer:
             }
         if "torch.cpu" in state.rng:
             torch.set_rng_state(torch.tensor(state.rng["torch.cpu"]))
+        self._refresh()
+
+    def share_state(self, updates: int) -> None:
+        self._group.broadcast(list(self._master.values()))
+        if updates:
+            for name in self._names:
+                state = self._optimizer.state.setdefault(self._master[name], {})
+                state.setdefault("step", torch.tensor(float(updates)))
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(key, torch.zeros_like(self._master[name]))
+                self._group.broadcast([state["exp_avg"], state["exp_avg_sq"]])
         self._refresh()
 
     def fingerprint(self) -> str:

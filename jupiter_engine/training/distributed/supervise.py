@@ -1,0 +1,308 @@
+"""Keeps one group of ranks training: starts it, relays what it reports, restarts it from the last checkpoint.
+
+A launcher's exit status says nothing (mlx.launch ends with 0 whatever its ranks
+did): the run is complete only when rank 0 has reported so. Nothing here has to
+survive: after a kill of supervisor, launcher or any rank the next supervisor
+ends what is left and goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import psutil
+
+from jupiter_engine import errors
+from jupiter_engine.errors import JupiterError, RemoteError, StageFailed
+from jupiter_engine.files import ProcessIdentity, write_json
+from jupiter_engine.protocol.facts import Metric
+from jupiter_engine.protocol.specs import LaunchSpec
+from jupiter_engine.training.distributed import reports
+from jupiter_engine.training.distributed.launchers import launch_command, launch_environment
+from jupiter_engine.units import plain_text
+
+_POLL_S = 0.1
+_TERM_S = 10.0
+_TAIL_BYTES = 4000
+
+
+class Listener(Protocol):
+    """Where the group's reports go."""
+
+    def begun(self, step: int) -> None: ...
+
+    def metric(self, metric: Metric) -> None: ...
+
+    def note(self, text: str, level: str = "info") -> None: ...
+
+    def halt_asked(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long silence is taken for work, in seconds."""
+
+    start: float = 600.0
+    """From launch to rank 0's first step: loading, joining, broadcasting."""
+    step: float = 300.0
+    """Between two steps, checkpoint included; 20 median steps where that is longer."""
+    restarts: int = 3
+    """Launches in a row that may end without getting further than the one before."""
+
+
+@dataclass(slots=True)
+class _Launch:
+    process: subprocess.Popen[bytes]
+    reader: reports.ReportReader
+    output: Path
+    ranks: dict[int, ProcessIdentity] = field(default_factory=dict)
+    begun: bool = False
+    last_step: int = 0
+    seconds: list[float] = field(default_factory=list)
+    heard: float = field(default_factory=time.monotonic)
+    result: dict[str, Any] | None = None
+    halted: bool = False
+    failed: reports.Failed | None = None
+    crashed: str = ""
+
+    def over(self) -> bool:
+        return self.result is not None or self.halted or self.failed is not None or bool(self.crashed)
+
+
+class Supervisor:
+    """Runs the ranks of one run folder; one supervisor at a time (the run folder's lock sees to that)."""
+
+    def __init__(
+        self, run_folder: Path, launch: LaunchSpec, listener: Listener, *, patience: Patience | None = None
+    ) -> None:
+        self._folder, self._spec, self._listener = run_folder, launch, listener
+        self._patience = patience or Patience()
+        self._ranks_folder = run_folder / "ranks"
+        self._ranks_folder.mkdir(exist_ok=True)
+
+    def run(self) -> dict[str, Any] | None:
+        """Train until rank 0 is done; returns its result, or None after a halt.
+
+        Raises what a rank reported as an expected failure, RemoteError when
+        launches keep dying without progress.
+        """
+        end_leftovers(self._folder)
+        futile, best = 0, -1
+        while True:
+            launch = self._start()
+            try:
+                why = self._follow(launch)
+            finally:
+                self._end(launch)
+            if launch.result is not None or launch.halted:
+                return launch.result
+            if launch.failed is not None:
+                raise _as_error(launch.failed)
+            if self._listener.halt_asked():
+                return None
+            futile = 0 if launch.last_step > best else futile + 1
+            best = max(best, launch.last_step)
+            if futile >= self._patience.restarts:
+                raise self._gave_up(launch, why)
+            self._listener.note(f"{why}; starting the ranks again from the last checkpoint", "warning")
+            time.sleep(min(2.0**futile, 10.0))
+
+    # -- one launch ------------------------------------------------------------------------------
+    def _start(self) -> _Launch:
+        generation = 1 + max((int(p.name) for p in self._ranks_folder.iterdir() if p.name.isdigit()), default=0)
+        folder = self._ranks_folder / str(generation)
+        folder.mkdir()
+        me = ProcessIdentity.of(os.getpid())
+        group = reports.Group(generation=generation, supervisor=me)
+        write_json(self._ranks_folder / "group.json", group)
+        argv = launch_command(self._spec, self._folder, generation)
+        output = folder / "output.log"
+        with output.open("ab") as log:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=launch_environment(self._spec),
+                start_new_session=True,
+            )
+        launched = msgspec.structs.replace(group, launcher=ProcessIdentity.of(process.pid))
+        write_json(self._ranks_folder / "group.json", launched)
+        return _Launch(process, reports.ReportReader(folder, self._spec.ranks), output)
+
+    def _follow(self, launch: _Launch) -> str:
+        """Relay reports until the launch is over; returns in words why it is."""
+        while True:
+            ended = launch.process.poll()
+            self._relay(launch)
+            if launch.result is not None or launch.halted:
+                return ""
+            if launch.failed is not None:
+                return launch.failed.detail
+            if launch.crashed:
+                return launch.crashed
+            if ended is not None:
+                return f"the launcher ended with status {ended} before the training was complete"
+            dead = [rank for rank, identity in launch.ranks.items() if not identity.alive()]
+            if dead:
+                if not launch.over():
+                    # Its last words may have come between the reading above and its death.
+                    self._relay(launch)
+                if not launch.over():
+                    return f"rank {dead[0]} (pid {launch.ranks[dead[0]].pid}) died"
+                continue
+            silence = time.monotonic() - launch.heard
+            if silence > self._allowed(launch):
+                return f"no rank reported anything for {silence:.0f} s after step {launch.last_step}"
+            time.sleep(_POLL_S)
+
+    def _allowed(self, launch: _Launch) -> float:
+        if not launch.seconds:
+            return self._patience.start
+        return max(self._patience.step, 20 * statistics.median(launch.seconds[-50:]))
+
+    def _relay(self, launch: _Launch) -> None:
+        for rank, report in launch.reader.read():
+            launch.heard = time.monotonic()
+            match report:
+                case reports.Ready():
+                    launch.ranks[rank] = report.process
+                    if len(launch.ranks) == self._spec.ranks:
+                        self._quiet(launch)
+                case reports.Begun():
+                    launch.last_step = report.step
+                    self._listener.begun(report.step)
+                case reports.Step():
+                    launch.last_step = report.metric.step
+                    launch.seconds.append(report.metric.seconds)
+                    self._listener.metric(report.metric)
+                case reports.Said():
+                    self._listener.note(report.text, report.level)
+                case reports.Done():
+                    launch.result = report.result
+                case reports.HaltedHere():
+                    launch.halted = True
+                case reports.Failed():
+                    launch.failed = launch.failed or report
+                case reports.Crashed():
+                    launch.crashed = launch.crashed or f"rank {rank}: {report.text}"
+
+    @staticmethod
+    def _quiet(launch: _Launch) -> None:
+        """Stop mlx.launch's busy waiting.
+
+        It selects on the ranks' always-writable stdin and so takes a whole
+        core, until a write to it fails. All ranks have closed their stdin by
+        now: one byte, which it passes on to them, makes that write fail.
+        """
+        assert launch.process.stdin is not None
+        try:
+            launch.process.stdin.write(b"\n")
+            launch.process.stdin.flush()
+        except BrokenPipeError:
+            return  # the launcher has ended; the next poll sees it
+
+    def _end(self, launch: _Launch) -> None:
+        """Leave no process of the launch behind."""
+        if launch.result is not None or launch.halted:
+            _wait(lambda: launch.process.poll() is None, _TERM_S)
+        self._relay(launch)
+        identities = list(launch.ranks.values())
+        if launch.process.poll() is None or any(identity.alive() for identity in identities):
+            end_processes(launch.process.pid, identities)
+        if launch.process.stdin is not None:
+            # Nobody may read it any more, which is what was wanted.
+            with contextlib.suppress(BrokenPipeError):
+                launch.process.stdin.close()
+        launch.process.wait()
+
+    def _gave_up(self, launch: _Launch, why: str) -> RemoteError:
+        tail = launch.output.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
+        return RemoteError(
+            f"the {self._spec.ranks} ranks of the {self._spec.twin} twin died {self._patience.restarts + 1} times "
+            f"without getting further than step {launch.last_step}: {why}",
+            host=socket.gethostname(),
+            argv=tuple(str(part) for part in launch.process.args) if isinstance(launch.process.args, list) else (),
+            exit_status=launch.process.returncode,
+            output_tail=plain_text(tail),
+            fix=f"see {launch.output}; start again to go on from the last checkpoint",
+        )
+
+
+def end_leftovers(run_folder: Path) -> None:
+    """End launcher and ranks that an earlier, killed supervisor of this run folder left behind."""
+    path = run_folder / "ranks" / "group.json"
+    if not path.exists():
+        return
+    group = msgspec.json.decode(path.read_bytes(), type=reports.Group)
+    folder = run_folder / "ranks" / str(group.generation)
+    count = len(list(folder.glob("rank-*.jsonl")))
+    said = reports.ReportReader(folder, count).read() if folder.exists() else []
+    ranks = [report.process for _, report in said if isinstance(report, reports.Ready)]
+    alive = group.launcher is not None and group.launcher.alive()
+    if alive or any(identity.alive() for identity in ranks):
+        end_processes(group.launcher.pid if alive and group.launcher else None, ranks)
+
+
+def end_processes(launcher: int | None, ranks: list[ProcessIdentity]) -> None:
+    """SIGTERM, then SIGKILL: the launcher's process group and each rank's (torchrun gives them their own)."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if launcher is not None:
+            _signal_group(launcher, number)
+        for identity in ranks:
+            process = identity.process()
+            if process is not None:
+                try:
+                    process.send_signal(number)
+                except psutil.NoSuchProcess:
+                    continue
+        if not _wait(lambda: any(identity.alive() for identity in ranks) or _group_alive(launcher), _TERM_S):
+            return
+
+
+def _signal_group(leader: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(leader, number)
+    except ProcessLookupError:
+        return  # ended by itself
+
+
+def _group_alive(leader: int | None) -> bool:
+    if leader is None:
+        return False
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+        except (ProcessLookupError, PermissionError):
+            continue
+    return False
+
+
+def _wait(pending: Callable[[], bool], seconds: float) -> bool:
+    """Wait while `pending`; True if it still is when the time is up."""
+    deadline = time.monotonic() + seconds
+    while pending():
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(_POLL_S)
+    return False
+
+
+def _as_error(failed: reports.Failed) -> JupiterError:
+    """The rank's error again, as the class it was (StageFailed where that class needs more than its words)."""
+    kind = getattr(errors, failed.kind, None)
+    if isinstance(kind, type) and issubclass(kind, JupiterError) and kind is not RemoteError:
+        return kind(failed.detail, title=failed.title, fix=failed.fix)
+    return StageFailed(failed.detail, title=failed.title, fix=failed.fix)

@@ -1,0 +1,318 @@
+"""Stage `train`: carry out a recipe on a snapshot and publish the trained model.
+
+One rank trains inside this process; several are started by torchrun or
+mlx.launch (jupiter_engine.worker.rank) while this process only supervises.
+Either way every step, checkpoint and the published model come from `train_here`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import psutil
+
+from jupiter_engine import __version__
+from jupiter_engine.checkpoints.model_folder import (
+    ModelInfo,
+    copy_text_files,
+    folder_sha256,
+    publish,
+    verify,
+    write_config,
+)
+from jupiter_engine.checkpoints.store import Checkpoint, CheckpointStore, Identity, World
+from jupiter_engine.data.queue.snapshot import read_snapshot
+from jupiter_engine.errors import ConfigError, ModelInvalid, StateError
+from jupiter_engine.files import read_json, require_free, sha256_file, write_json
+from jupiter_engine.protocol.facts import Metric
+from jupiter_engine.protocol.orders import TrainOrder
+from jupiter_engine.training.distributed.supervise import Supervisor
+from jupiter_engine.training.loop import Reporter, Training, TrainingData, recipe_sha256
+from jupiter_engine.training.model.presets import write_scratch
+from jupiter_engine.training.plan import plan_training
+from jupiter_engine.units import bytes_text
+from jupiter_engine.worker.context import Halt, RunContext
+
+_SPARE_BYTES = 256 << 20
+
+
+class RunReporter(Reporter, Protocol):
+    """A loop's reporter that is also told where the run takes up."""
+
+    def begun(self, step: int) -> None: ...
+
+
+class Trained(msgspec.Struct, frozen=True, kw_only=True):
+    """trained.json: written after the model is published, so a kill before `finish` repeats nothing."""
+
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """An order whose inputs were found sound and to fit together."""
+
+    order: TrainOrder
+    folder: Path
+    info: ModelInfo
+    data: TrainingData
+    identity: Identity
+    start_folder: Path
+    """The start model; the published model's tokenizer files come from it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    result: dict[str, Any] | None
+    """The stage's result once the model is published."""
+    leave: Callable[[], None]
+    """Leave the group; waits for the other ranks."""
+
+
+def run(context: RunContext, order: TrainOrder) -> None:
+    done = finished_before(context.folder, order)
+    if done is not None:
+        context.finish(done)
+        return
+    context.check_halt()
+    job = check(order, context.folder)
+    _announce(context, job)
+    reporter = ContextReporter(context, order)
+    result = train_here(job, reporter).result if order.launch.ranks == 1 else _supervise(context, order, reporter)
+    if result is None:
+        raise Halt
+    context.finish(result)
+
+
+def _supervise(context: RunContext, order: TrainOrder, reporter: ContextReporter) -> dict[str, Any] | None:
+    return Supervisor(context.folder, order.launch, reporter).run()
+
+
+class ContextReporter:
+    """Speaks through the run context; also the supervisor's listener."""
+
+    def __init__(self, context: RunContext, order: TrainOrder) -> None:
+        self._context, self._steps = context, order.recipe.steps
+
+    def begun(self, step: int) -> None:
+        """metrics.jsonl then holds each step up to `step` exactly once."""
+        path = checkpoint_folder(self._context.folder) / f"step-{step:08d}" / "metrics.jsonl"
+        rewind_metrics(self._context.folder / "metrics.jsonl", path.read_bytes() if step else b"")
+        self._context.progress(step, self._steps, "steps")
+
+    def metric(self, metric: Metric) -> None:
+        self._context.metric(metric)
+        self.progress(metric.step, self._steps, f"loss {metric.loss:.3f}")
+
+    def progress(self, done: int, total: int, note: str) -> None:
+        self._context.progress(done, total, "steps", note)
+
+    def note(self, text: str, level: str = "info") -> None:
+        self._context.note(text, level)
+
+    def halt_asked(self) -> bool:
+        return self._context.halt_asked()
+
+
+def rewind_metrics(path: Path, kept: bytes) -> None:
+    """Make `path` hold exactly `kept`: steps after a checkpoint are done again, those before are kept byte by byte.
+
+    The file is changed in place: whoever follows it keeps its place in what stays.
+    """
+    path.touch()
+    with path.open("r+b") as file:
+        found = file.read(len(kept))
+        if found != kept:
+            file.seek(0)
+            file.write(kept)
+        file.truncate(len(kept))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# -- before anything is computed -----------------------------------------------------------------
+
+
+def check(order: TrainOrder, folder: Path) -> Job:
+    """Refuse what cannot work before a tensor library is loaded.
+
+    Raises ModelInvalid (start model damaged, changed or with another
+    vocabulary than the snapshot), StateError (snapshot damaged or made for
+    another sequence length), ConfigError (a recipe that contradicts itself).
+    """
+    recipe = order.recipe
+    info, start_sha256, start_folder = _start(order, folder)
+    snapshot = read_snapshot(Path(order.snapshot))
+    manifest = snapshot.manifest
+    if manifest.sequence_tokens != recipe.sequence_tokens:
+        raise StateError(
+            f"{order.snapshot} holds sequences of {manifest.sequence_tokens} tokens, the recipe asks for "
+            f"{recipe.sequence_tokens}",
+            fix="build the snapshot again with the recipe's sequence_tokens",
+        )
+    if manifest.vocab_size > info.vocab_size or int(np.max(snapshot.tokens)) >= info.vocab_size:
+        raise ModelInvalid(
+            f"the snapshot's tokenizer knows {manifest.vocab_size} tokens, "
+            f"the model's embedding has only {info.vocab_size} rows",
+            fix="build the snapshot with the start model's own tokenizer",
+        )
+    if manifest.tokenizer_sha256 != sha256_file(start_folder / "tokenizer.json"):
+        raise ModelInvalid(
+            f"{order.snapshot} was encoded with another tokenizer than {start_folder}/tokenizer.json",
+            fix="build the snapshot again with the start model's own tokenizer",
+        )
+    if recipe.sequence_tokens > info.context:
+        raise ConfigError(
+            f"sequence_tokens is {recipe.sequence_tokens}, the model's context only {info.context}",
+            fix="lower recipe.sequence_tokens",
+        )
+    data = TrainingData(
+        tokens=snapshot.tokens,
+        loss_mask=snapshot.loss_mask,
+        segments=snapshot.segments,
+        sha256=sha256_file(Path(order.snapshot) / "manifest.json"),
+    )
+    identity = Identity(recipe_sha256=recipe_sha256(recipe), snapshot_sha256=data.sha256, start_sha256=start_sha256)
+    return Job(order=order, folder=folder, info=info, data=data, identity=identity, start_folder=start_folder)
+
+
+def _start(order: TrainOrder, run_folder: Path) -> tuple[ModelInfo, str, Path]:
+    """(what is trained, hash of its folder, the folder); a from-scratch model is made here, once."""
+    if order.start is not None:
+        folder = Path(order.start.folder)
+        info = verify(folder)
+        found = folder_sha256(folder)
+        if found != order.start.sha256:
+            raise ModelInvalid(
+                f"{folder} has changed: its hash is {found[:12]}, {order.start.name} was registered as "
+                f"{order.start.sha256[:12]}",
+                fix="restore the folder, or register the changed model under a new name",
+            )
+        return info, found, folder
+    if order.recipe.preset is None or order.tokenizer is None:
+        raise ConfigError(
+            "training from scratch needs a preset and a tokenizer folder; "
+            f"got preset {order.recipe.preset!r} and tokenizer {order.tokenizer!r}",
+            fix="set recipe.preset, or train from an existing model",
+        )
+    folder = run_folder / "start"
+    if not folder.exists():
+        write_scratch(folder, preset=order.recipe.preset, tokenizer=Path(order.tokenizer), seed=order.recipe.seed)
+    return verify(folder), folder_sha256(folder), folder
+
+
+def _announce(context: RunContext, job: Job) -> None:
+    """Say what the run takes; refuse a disk that cannot hold it."""
+    recipe, ranks = job.order.recipe, job.order.launch.ranks
+    plan = plan_training(job.info, recipe, ranks)
+    stored = sum(path.stat().st_size for path in checkpoint_folder(job.folder).rglob("*.safetensors"))
+    needed = max(plan.disk - stored, plan.target) + _SPARE_BYTES
+    require_free(job.folder, needed, "training (checkpoints and the trained model)")
+    context.note(
+        f"Training {plan.parameters / 1e6:.1f}M parameters on {plan.input_tokens} tokens in {recipe.steps} steps with "
+        f"{ranks} rank(s) of the {job.order.launch.twin} twin; about {bytes_text(plan.memory)} of memory a rank, "
+        f"{bytes_text(plan.disk)} of disk"
+    )
+    available = psutil.virtual_memory().available
+    if plan.memory * ranks > available:
+        context.note(
+            f"The plan needs {bytes_text(plan.memory * ranks)} of memory, {bytes_text(available)} are available: "
+            "training may be slow or be ended by the system. Lower micro_batch_sequences or choose a smaller model",
+            "warning",
+        )
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def checkpoint_folder(run_folder: Path) -> Path:
+    return run_folder / "checkpoints"
+
+
+def train_here(job: Job, reporter: RunReporter, *, joined: bool = False) -> Ending:
+    """Train in this process, as the only rank or (`joined`) as one of the group the launcher made.
+
+    The result is None after a halt, and on ranks other than 0.
+    """
+    order, recipe = job.order, job.order.recipe
+    threads = order.launch.threads_per_rank
+    if threads:
+        # Read by BLAS libraries when they are loaded; the twins' own setters come too late for MLX.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
+    twin = importlib.import_module(f"jupiter_engine.backends.{order.launch.twin}.train")
+    group = twin.join_group() if joined else None
+    if group is not None and group.ranks != order.launch.ranks:
+        raise StateError(f"{group.ranks} ranks were started, the order asks for {order.launch.ranks}")
+    if group is not None and group.rank > 0:
+        training = _training(job, reporter, twin, group, None, None)
+        training.run()
+        return Ending(result=None, leave=training.close)
+    store = CheckpointStore(checkpoint_folder(job.folder), keep=recipe.keep_checkpoints)
+    checkpoint = store.newest(job.identity, lambda text: reporter.note(text, "warning"))
+    training = _training(job, reporter, twin, group, store, checkpoint)
+    del checkpoint  # gigabytes that the trainer has taken over
+    reporter.begun(training.step)
+    outcome = training.run()
+    if outcome.halted:
+        return Ending(result=None, leave=training.close)
+    with publish(Path(order.target)) as folder:
+        training.save(folder)
+        write_config(folder, msgspec.structs.replace(job.info, dtype=recipe.compute_dtype))
+        copy_text_files(job.start_folder, folder)
+        verify(folder)
+    result = {
+        "model": {
+            "name": Path(order.target).name,
+            "folder": order.target,
+            "sha256": folder_sha256(Path(order.target)),
+        },
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "first_loss": outcome.first_loss,
+        "last_loss": outcome.last_loss,
+        "tokens_per_s": outcome.tokens_per_s,
+    }
+    write_json(job.folder / "trained.json", Trained(result=result))
+    store.clear()
+    return Ending(result=result, leave=training.close)
+
+
+def _training(
+    job: Job,
+    reporter: RunReporter,
+    twin: Any,
+    group: Any,
+    store: CheckpointStore | None,
+    checkpoint: Checkpoint | None,
+) -> Training:
+    """Build this rank's part; on ranks other than 0 (`store` None) weights and state come from rank 0."""
+    recipe, launch = job.order.recipe, job.order.launch
+    weights = None
+    if checkpoint is not None:
+        weights = checkpoint.trainer.weights
+    elif store is not None:
+        weights = twin.load_weights(job.start_folder)
+    trainer = twin.open_trainer(job.info, recipe, weights, group=group, threads=launch.threads_per_rank)
+    world = World(twin=launch.twin, ranks=trainer.ranks, versions={"jupiter": __version__, **twin.versions()})
+    training = Training(recipe, job.data, trainer, reporter, store, identity=job.identity, world=world)
+    training.take_up(checkpoint)
+    return training
+
+
+def finished_before(folder: Path, order: TrainOrder) -> dict[str, Any] | None:
+    """The result of an attempt that was killed after publishing, if its model is still what it wrote."""
+    path = folder / "trained.json"
+    if not path.exists() or not Path(order.target).exists():
+        return None
+    trained = read_json(path, Trained)
+    assert isinstance(trained, Trained)
+    if folder_sha256(Path(order.target)) != trained.result["model"]["sha256"]:
+        return None
+    return trained.result
