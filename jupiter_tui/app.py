@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from textual.app import App, SystemCommand
 from textual.binding import BindingType
+from textual.dom import DOMNode
 from textual.screen import Screen
 from textual.theme import Theme
 
@@ -15,14 +18,7 @@ from jupiter_engine.errors import JupiterError
 from jupiter_tui import actions
 from jupiter_tui.bridge import Bridge, Broken, Opener, Pictured
 from jupiter_tui.screens.desk import Desk
-from jupiter_tui.screens.domain import DomainPage
-from jupiter_tui.screens.fleet import FleetPage
-from jupiter_tui.screens.history import HistoryPage
 from jupiter_tui.screens.page import Page, bindings
-from jupiter_tui.screens.promote import PromotePage
-from jupiter_tui.screens.review import ReviewPage
-from jupiter_tui.screens.sheets import TextSheet, help_sheet
-from jupiter_tui.screens.train import TrainPage
 from jupiter_tui.view.header import PAGES, alerts
 from jupiter_tui.view.text import Line, clock, mark, one_line
 from jupiter_tui.widgets.ink import AsciiOnly
@@ -44,9 +40,13 @@ MONO = Theme(
     variables={"border-blurred": "#606060"},
 )  # fmt: skip
 THEMES = {"dark": DARK.name, "light": LIGHT.name, "mono": MONO.name, "ansi": "ansi-dark", "ansi-light": "ansi-light"}
-PAGE_TYPES: dict[str, type[Page]] = {
-    p.PAGE: p for p in (FleetPage, DomainPage, ReviewPage, TrainPage, PromotePage, HistoryPage)
-}
+
+
+def page(name: str, desk: Desk) -> Page:
+    """Make one of the six pages. Its module is imported now: only the first page's may delay the first frame."""
+    module = importlib.import_module(f"jupiter_tui.screens.{name}")
+    made: Page = getattr(module, f"{name.capitalize()}Page")(desk)
+    return made
 
 
 class ConsoleApp(App[JupiterError]):
@@ -76,8 +76,8 @@ class ConsoleApp(App[JupiterError]):
         self.theme = THEMES[theme]
         if ascii_only:
             self._filters.append(AsciiOnly())
-        for name, page in PAGE_TYPES.items():
-            self.add_mode(name, lambda page=page: page(self.desk))  # type: ignore[misc]
+        for name, _ in PAGES:
+            self.add_mode(name, partial(page, name, self.desk))
 
     def on_mount(self) -> None:
         self.switch_mode("train")
@@ -90,9 +90,9 @@ class ConsoleApp(App[JupiterError]):
     # -- what the bridge says --------------------------------------------------------------------
     def on_pictured(self, message: Pictured) -> None:
         self.desk.picture = message.picture
-        page = next((s for s in reversed(self.screen_stack) if isinstance(s, Page)), None)
-        if page is not None and page.is_mounted:
-            page.show(message.picture)
+        front = next((s for s in reversed(self.screen_stack) if isinstance(s, Page)), None)
+        if front is not None and front.is_mounted:
+            front.show(message.picture)
 
     def on_broken(self, message: Broken) -> None:
         self.exit(message.error)
@@ -106,10 +106,14 @@ class ConsoleApp(App[JupiterError]):
 
     def action_help(self) -> None:
         if isinstance(self.screen, Page):
-            page = self.screen.PAGE
-            self.push_screen(help_sheet(page, dict(PAGES)[page], read_only=self.desk.read_only))
+            from jupiter_tui.screens.sheets import help_sheet
+
+            name = self.screen.PAGE
+            self.push_screen(help_sheet(name, dict(PAGES)[name], read_only=self.desk.read_only))
 
     def action_alerts(self) -> None:
+        from jupiter_tui.screens.sheets import TextSheet
+
         picture = self.desk.picture
         lines: list[Line] = [[(f"{'!!' if kind == 'bad' else '**'} {text}", kind)] for kind, text in alerts(picture)]
         lines = lines or [[mark("ok"), (" nothing is wrong and nothing waits", "")]]
@@ -122,8 +126,8 @@ class ConsoleApp(App[JupiterError]):
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The palette: every action of the page and of the app that works now."""
-        page = screen.PAGE if isinstance(screen, Page) else ""
-        for action in actions.for_page(page):
+        name_of_page = screen.PAGE if isinstance(screen, Page) else ""
+        for action in actions.for_page(name_of_page):
             name, _, argument = action.name.partition("(")
             if name == "command_palette":
                 continue
@@ -137,7 +141,7 @@ class ConsoleApp(App[JupiterError]):
                 f"theme: {title}", "Change the colours", lambda theme=theme: setattr(self, "theme", theme)
             )
 
-    def _runner(self, action: str, namespace: Screen[object] | App[JupiterError]):  # type: ignore[no-untyped-def]
+    def _runner(self, action: str, namespace: DOMNode) -> Callable[[], Awaitable[None]]:
         async def run() -> None:
             await self.run_action(action, namespace)
 

@@ -128,7 +128,7 @@ def _from_code(text: str, title: str) -> Iterator[Callable]:
             classes.append((scopes[opened][1], scopes[opened][2]))
             opened += 1
         outer = [c for c in classes if c[0] < indent]
-        if indent and not outer or len(outer) * 4 < indent:
+        if (indent and not outer) or len(outer) * 4 < indent:
             continue  # a function inside a function
         doc_start = match.start("doc")
         summary, summary_end = first_sentence(text, doc_start, match.end("doc"))
@@ -166,14 +166,14 @@ def parameters(params: str) -> tuple[Parameter, ...]:
 
 
 def first_sentence(text: str, start: int, end: int) -> tuple[str, int]:
-    """(first sentence after `start` with whitespace collapsed, its end offset); ('', start) if there is no clean one."""
+    """(first sentence after `start`, whitespace collapsed; its end offset), or ('', start) if there is no clean one."""
     body = text[start:end]
     lead = len(body) - len(body.lstrip())
     paragraph = _PARAGRAPH.split(body[lead:], maxsplit=1)[0]
     match = _SENTENCE_END.search(paragraph)
     stop = match.start() if match else len(paragraph.rstrip())
     sentence = " ".join(paragraph[:stop].split())
-    if not 4 <= len(sentence.split()) <= 40 or not sentence[0].isalpha() or ">>>" in sentence or "(" == sentence[-1]:
+    if not 4 <= len(sentence.split()) <= 40 or not sentence[0].isalpha() or ">>>" in sentence or sentence[-1] == "(":
         return "", start
     return sentence, start + lead + stop
 
@@ -181,16 +181,16 @@ def first_sentence(text: str, start: int, end: int) -> tuple[str, int]:
 def meanings(text: str, entry: Callable) -> list[Meaning]:
     """What the description says of single parameters, e.g. `width -- the longest line`."""
     names = {p.name for p in entry.parameters}
-    found = []
-    for match in _PARAMETER.finditer(text, entry.heading_end, entry.body_end):
-        if match["name"] in names:
-            found.append(Meaning(match["name"], match["meaning"].strip(), match.start(), match.end()))
-    return found
+    return [
+        Meaning(match["name"], match["meaning"].strip(), match.start(), match.end())
+        for match in _PARAMETER.finditer(text, entry.heading_end, entry.body_end)
+        if match["name"] in names
+    ]
 
 
 def clozes(text: str) -> list[Cloze]:
     """Prose sentences of 8 to 45 words in which exactly one occurrence of a set-off term stands."""
-    found = []
+    found: list[Cloze] = []
     offset = 0
     for paragraph in re.split(r"(\n[ \t]*\n)", text):
         if paragraph.strip() and not paragraph.startswith(("   ", "#", ">>>", "\t")) and "::=" not in paragraph:

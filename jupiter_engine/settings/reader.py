@@ -325,10 +325,12 @@ class _Walk:
 
     def _list(self, node: Node, kind: mi.VarTupleType, key: str) -> Any:
         if not isinstance(node, Sequence):
-            plain = isinstance(node, Scalar) and node.tag != "null"
-            return self._wrong(
-                node, kind, key, f"write [{node.text[:40]}]" if plain and isinstance(node, Scalar) else ""
-            )
+            advice = ""
+            if isinstance(node, tree.Mapping):
+                advice = "begin each entry with a dash (`- `)"
+            elif node.tag != "null" and not isinstance(kind.item_type, mi.StructType):
+                advice = f"write [{node.text[:40]}]"
+            return self._wrong(node, kind, key, advice)
         return [self.value(item, kind.item_type, f"{key}[{i}]") for i, item in enumerate(node.items)]
 
     def _number(self, node: Scalar, kind: mi.IntType | mi.FloatType, key: str) -> Any:
@@ -352,6 +354,8 @@ class _Walk:
             integral = number == int(number)
             return self._wrong(node, kind, key, f"write {int(number)}" if integral else "write it without a fraction")
         exact: float = int(text.replace("_", "")) if whole else number
+        if abs(exact) > _LARGEST:
+            return self._wrong(node, kind, key, "the number is too large")
         low = (kind.ge is not None and exact < kind.ge) or (kind.gt is not None and exact <= kind.gt)
         high = (kind.le is not None and exact > kind.le) or (kind.lt is not None and exact >= kind.lt)
         return self._wrong(node, kind, key) if low or high else exact
@@ -363,6 +367,8 @@ class _Walk:
         if node.tag == "int":
             return "write a plain decimal number"
         unit = _WITH_UNIT.fullmatch(text)
+        if unit and text.endswith("%"):
+            return f"write {float(unit.group(1)) / 100:g}"
         if unit:
             return f"write {unit.group(1)} without quotes or unit"
         return "use a dot for decimals" if re.fullmatch(r"[0-9]+,[0-9]+", text) else ""
@@ -372,14 +378,15 @@ class _Walk:
             names = [str(value) for value in kind.values]
             if node.text in names:
                 return node.text
-            guess = nearest(node.text, names)
+            guess = nearest(node.text, names) if len(names) > 1 else None
             return self._wrong(node, kind, key, f"did you mean {guess}?" if guess else "")
         if node.tag == "null" and not node.quoted:
             return self._wrong(node, kind, key)
         if node.tag != "str" and not node.quoted:
             return self._wrong(node, kind, key, f'if the word is meant, quote it: "{node.text[:40]}"')
         if isinstance(kind, mi.StrType) and kind.pattern is not None and not re.search(kind.pattern, node.text):
-            return self._wrong(node, kind, key)
+            simple = re.sub(r"[\s.]+", "-", node.text.strip()).lower()
+            return self._wrong(node, kind, key, f"write {simple}" if re.search(kind.pattern, simple) else "")
         if node.text.endswith("\n") and kind == mi.StrType(pattern=NAME_PATTERN):
             return self._wrong(node, kind, key)  # `$` also matches before a last newline
         return node.text

@@ -279,8 +279,8 @@ def _syntax_problem(error: yaml.MarkedYAMLError, text: str) -> Problem:
     if mark is None:
         return Problem(None, f"the YAML cannot be read ({said})")
     place = Place(mark.line + 1, mark.column + 1)
-    if began is not None and "end of stream" in said:
-        # The end of the file tells a person nothing; the line where the open quote stands does.
+    if began is not None and ("end of stream" in said or "could not find expected ':'" in said):
+        # The parser notices only later; the open quote or the key without a colon stands where it began.
         place = Place(began.line + 1, began.column + 1)
     lines = text.splitlines()
     hint = next((hint for pattern, hint in _HINTS if pattern in said), "")

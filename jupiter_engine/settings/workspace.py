@@ -121,6 +121,27 @@ def domain_file(path: Path, name: str) -> Path:
     )
 
 
+def unread(path: Path) -> tuple[str, ...]:
+    """A sentence for every settings file of the workspace that nothing reads, because of its name or its folder."""
+    config = path / "config"
+    found: list[str] = []
+    for file in sorted((*config.rglob("*.yaml"), *config.rglob("*.yml"))):
+        inside = file.relative_to(config)
+        if inside == Path("cluster.yaml") or (
+            len(inside.parts) == 2 and file.suffix == ".yaml" and inside.parts[0] == "domains"
+        ):
+            continue
+        why = "only config/cluster.yaml and config/domains/NAME.yaml are read"
+        if inside.parts[0] == "experts":
+            why = "there is no swarm of experts in this version; describe what the expert shall know as a domain"
+        elif file.suffix == ".yml" and inside.parent in (Path("domains"), Path()):
+            why = f"settings files end in .yaml; rename it to {file.stem}.yaml"
+        elif inside.parts[0] == "domains" and len(inside.parts) > 2:
+            continue  # a text of a domain that happens to be YAML
+        found.append(f"{shown(file)} is not read: {why}.")
+    return tuple(found)
+
+
 def new_domain(path: Path, name: Name, description: str = "") -> Path:
     """Write config/domains/<name>.yaml from the template, and the folder its texts go into; returns the file.
 

@@ -163,7 +163,7 @@ class _Evaluation:
             self._score_texts(texts, codec, info)
         samples = [unit for unit in missing if unit.task == "yield"]
         if samples:
-            self._write_samples(samples, codec)
+            self._write_samples(samples, codec, info)
 
     def _verified(self) -> ModelInfo:
         """The folder is whole and is the very model that the order names: its scores will be kept under that hash."""
@@ -195,29 +195,36 @@ class _Evaluation:
                 self._keep(_windows(batch, likelihoods) if task == "vault_bpb" else _questions(batch, likelihoods))
 
     # -- samples -----------------------------------------------------------------------------------
-    def _write_samples(self, units: Sequence[Unit], codec: Codec) -> None:
+    def _write_samples(self, units: Sequence[Unit], codec: Codec, info: ModelInfo) -> None:
         generation = self._order.generation
+        asked: list[tuple[Unit, Assignment, GenerateRequest]] = []
+        for unit in units:
+            passage = cast("Assignment", unit.subject)
+            prompt = fitness.prompt(passage, generation, codec)
+            if len(prompt) >= info.context:
+                # As a generator it could not even read the passage: that is a measurement, not a failure.
+                self._keep([(unit, 0.0, "[the request does not fit the model's context]")])
+                continue
+            request = GenerateRequest(prompt=prompt, seed=passage.seed, max_new_tokens=generation.max_new_tokens)
+            asked.append((unit, passage, request))
+        if not asked:
+            return
         generator = load_generator(self._order.twin, self._folder, dtype=DTYPE, threads=self._order.threads)
-        passages = [cast("Assignment", unit.subject) for unit in units]
-        requests = [
-            GenerateRequest(
-                prompt=codec.chat_prompt(fitness.messages(passage, generation)),
-                seed=passage.seed,
-                max_new_tokens=generation.max_new_tokens,
-            )
-            for passage in passages
-        ]
         completions = generator.generate(
-            requests,
+            [request for _, _, request in asked],
             temperature=generation.temperature,
             top_p=generation.top_p,
             batch_size=generation.batch_size,
             stop_ids=list(codec.eos_ids),
         )
         for completion in completions:
-            unit, passage = units[completion.index], passages[completion.index]
+            unit, passage, _ = asked[completion.index]
             value, answer = fitness.judge(
-                passage, codec.decode(completion.tokens), completion.finish, generation, self._order.filter
+                passage,
+                codec.decode(completion.tokens),
+                finished=completion.finish == "stop",
+                generation=generation,
+                rules=self._order.filter,
             )
             self._keep([(unit, value, answer)])
 

@@ -78,13 +78,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the rank's outermost frame: whatever ended it must reach the supervisor
         traceback.print_exc()
         translated = disk_full(error, folder) if isinstance(error, OSError) else error
-        if isinstance(translated, JupiterError):
-            full = reports.Failed(
-                kind=translated.kind, title=translated.title, detail=translated.detail, fix=translated.fix
-            )
-            writer.write(full)
-        else:
-            writer.write(reports.Crashed(text=f"{type(error).__name__}: {error}"))
+        writer.write(_report_of(translated))
         return ExitCode.STAGE_FAILED
 
 
@@ -103,6 +97,16 @@ def _train(folder: Path, rank: int, writer: reports.ReportWriter) -> int:
     if lock is not None:
         lock.close()
     return ExitCode.DONE
+
+
+def _report_of(error: Exception) -> reports.Report:
+    """Lost peers and lost resources (RuntimeError, OSError) may pass; anything else would happen again."""
+    if isinstance(error, JupiterError):
+        return reports.Failed(kind=error.kind, title=error.title, detail=error.detail, fix=error.fix)
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, RuntimeError | OSError):
+        return reports.Crashed(text=text)
+    return reports.Failed(kind="StageFailed", title="A rank failed", detail=text, fix="see the ranks' output.log")
 
 
 def _take_lock(path: Path) -> IO[str]:

@@ -15,7 +15,6 @@ from textual.widget import Widget
 from jupiter_engine.errors import JupiterError
 from jupiter_tui import actions
 from jupiter_tui.screens.desk import Desk
-from jupiter_tui.screens.sheets import StartSheet, StartWish
 from jupiter_tui.view.header import alert_line, tabs_line, title_line
 from jupiter_tui.view.picture import Picture
 from jupiter_tui.view.text import Line, plain
@@ -157,7 +156,9 @@ class Page(Screen[None]):
     @work
     async def start_cycles(self, domain: str) -> None:
         """Ask how, then start cycles of a domain."""
+        # Sheets bring Textual's Input, whose import would delay the first frame.
         from jupiter_engine.protocol.commands import StartCycles
+        from jupiter_tui.screens.sheets import StartSheet, StartWish
 
         wish = await self.app.push_screen_wait(StartSheet(domain, self.picture))
         if isinstance(wish, StartWish):

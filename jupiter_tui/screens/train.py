@@ -12,7 +12,6 @@ from textual.widget import Widget
 
 from jupiter_engine.protocol.commands import Pause, Resume, Stop
 from jupiter_tui.screens.page import Page, bindings
-from jupiter_tui.screens.sheets import AskSheet, ConfirmSheet
 from jupiter_tui.view.picture import Picture
 from jupiter_tui.view.text import rule, wrap
 from jupiter_tui.view.train import FIRST_RUN, funnel, numbers, progress_line, stage_strip
@@ -40,7 +39,9 @@ class TrainPage(Page):
             yield Pane("Samples", id="funnel")
             yield Pane("Step", id="numbers")
             yield Chart("Loss", lambda m: m.loss, id="loss", empty="the loss curve begins with the train stage")
-            yield Chart("Tokens/s", lambda m: m.tokens_per_s, id="speed", empty="begins with the train stage")
+            yield Chart(
+                "Tokens/s", lambda m: m.tokens_per_s, id="speed", empty="begins with the train stage", from_zero=True
+            )
         yield LogPane(id="log")
 
     def draw(self, picture: Picture) -> None:
@@ -59,7 +60,9 @@ class TrainPage(Page):
     def _draw_head(self, picture: Picture) -> None:
         strip, progress = self.query_one("#strip", Bar), self.query_one("#progress", Bar)
         lines = stage_strip(picture.cycle, self.app.size.width)
-        strip.styles.height = len(lines)
+        if strip.styles.height is None or strip.styles.height.value != len(lines):
+            # Only on change: a new height lays the whole page out again.
+            strip.styles.height = len(lines)
         strip.show(lambda w: stage_strip(picture.cycle, w))
         progress.show(lambda w: [progress_line(picture, w)])
 
@@ -113,6 +116,8 @@ class TrainPage(Page):
     async def action_stop(self) -> None:
         if (cycle := self.picture.cycle) is None:
             return
+        from jupiter_tui.screens.sheets import ConfirmSheet
+
         question = f"Stop cycle {cycle.id} at its next safe point? What it made stays; R can take it up again."
         if await self.app.push_screen_wait(ConfirmSheet("Stop", question)):
             await self.tried(
@@ -133,6 +138,8 @@ class TrainPage(Page):
 
     @work
     async def action_find(self) -> None:
+        from jupiter_tui.screens.sheets import AskSheet
+
         log = self.query_one("#log", LogPane)
         hint = "Letter case is ignored; n and N walk through the matches. Empty ends the search."
         term = await self.app.push_screen_wait(AskSheet("Find in the log", [[(hint, "dim")]], value=log.term))

@@ -104,10 +104,18 @@ class Raster:
 
 
 def chart(
-    xs: Sequence[float], ys: Sequence[float], *, width: int, height: int, weight: float = 0.0, empty: str = ""
+    xs: Sequence[float],
+    ys: Sequence[float],
+    *,
+    width: int,
+    height: int,
+    weight: float = 0.0,
+    empty: str = "",
+    from_zero: bool = False,
 ) -> list[Line]:
     """Exactly `height` lines of at most `width` characters: y axis left, x axis below.
 
+    `from_zero`: the y axis begins at 0, for amounts whose small wavering should not look like much.
     With `weight` the smoothed curve is drawn strong over the dim raw one. `empty` stands where no
     finite value exists.
     """
@@ -115,6 +123,8 @@ def chart(
     limits = bounds(ys)
     if limits is None or inner_width < 4 or inner_height < 1:
         return [[(cut(empty, width), "dim")], *([[]] * (height - 1))][:height]
+    if from_zero:
+        limits = min(0.0, limits[0]), limits[1]
     x_range = (xs[0], xs[-1] if xs[-1] > xs[0] else xs[0] + 1)
     strong, faint = Raster(inner_width, inner_height), Raster(inner_width, inner_height)
     columns = inner_width * 2

@@ -14,11 +14,14 @@ from jupiter_tui.widgets.lines import Bar
 class Chart(Bar):
     """One number of every optimizer step, over the steps."""
 
-    def __init__(self, title: str, value: Callable[[Metric], float], *, id: str, empty: str) -> None:  # noqa: A002 - Textual's own name
+    def __init__(
+        self, title: str, value: Callable[[Metric], float], *, id: str, empty: str, from_zero: bool = False
+    ) -> None:  # noqa: A002 - Textual's own name
         super().__init__(id=id)
         self._title = title
         self._value = value
         self._empty = empty
+        self._from_zero = from_zero
         self._curve = Curve()
         self._weight = 0.0
         self._drawn: tuple[object, ...] = ()
@@ -29,7 +32,10 @@ class Chart(Bar):
         self._curve, self._weight = curve, weight
         last = curve.last
         smoothed = f" · smoothed {weight:.2g}" if weight else ""
-        self.border_title = self._title + (f"  {self._value(last):.4g}{smoothed}" if last else "")
+        title = self._title + (f"  {self._value(last):.4g}{smoothed}" if last else "")
+        if title != self.border_title:
+            # Only on change: Textual draws the whole widget anew for each assignment.
+            self.border_title = title
         self._rebuild()
 
     def _rebuild(self) -> None:
@@ -45,4 +51,6 @@ class Chart(Bar):
         metrics = list(self._curve.metrics)
         steps = [float(m.step) for m in metrics]
         values = [self._value(m) for m in metrics]
-        return chart(steps, values, width=width, height=height, weight=self._weight, empty=self._empty)
+        return chart(
+            steps, values, width=width, height=height, weight=self._weight, empty=self._empty, from_zero=self._from_zero
+        )

@@ -11,7 +11,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from jupiter_tui.view.text import Line
-from jupiter_tui.widgets.ink import INK_CLASSES, Inked
+from jupiter_tui.widgets.ink import Inked
 
 Build = Callable[[int], list[Line]]
 """Makes the lines for a width in cells."""
@@ -53,7 +53,6 @@ class Pane(ScrollView, Inked, can_focus=True):
         Binding("g", "scroll_home", "first line", show=False),
         Binding("G", "scroll_end", "last line", show=False),
     ]
-    COMPONENT_CLASSES: ClassVar[set[str]] = INK_CLASSES
     DEFAULT_CSS = """
     Pane { scrollbar-size: 0 0; overflow: auto auto; background: transparent; }
     """
@@ -63,11 +62,15 @@ class Pane(ScrollView, Inked, can_focus=True):
         self.lines: list[Line] = []
         self._build: Build = lambda _: []
         self._width = 0
+        self._title = self._subtitle = ""
         self.set_title(title)
 
     def set_title(self, title: str) -> None:
         """The border's text; data may stand in it, so it is never read as markup."""
-        self.border_title = title.replace("[", "\\[")
+        title = title.replace("[", "\\[")
+        if title != self._title:
+            # Only on change: Textual draws the whole widget anew for each assignment.
+            self._title = self.border_title = title
 
     def show(self, build: Build, *, home: bool = False) -> None:
         """Draw what `build` makes for the pane's width, now and after every resize; `home`: from the top."""
@@ -102,7 +105,12 @@ class Pane(ScrollView, Inked, can_focus=True):
         above = round(self.scroll_y)
         parts = [f"{above} above"] if above > 0 else []
         parts += [f"{below} below"] if below > 0 else []
-        self.border_subtitle = " · ".join(parts)
+        self.set_subtitle(" · ".join(parts))
+
+    def set_subtitle(self, text: str) -> None:
+        if text != self._subtitle:
+            self._subtitle = text
+            self.border_subtitle = text.replace("[", "\\[")
 
     def reveal(self, y: int) -> None:
         """Scroll as little as needed to show line `y`."""

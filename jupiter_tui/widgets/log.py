@@ -138,9 +138,9 @@ class LogPane(Pane):
             parts.append(f"oldest {self.book.first:,} are in worker.log only")
         if self.term:
             at = f"{self._at + 1} of {len(self.matches)}" if self.matches else "not found"
-            parts.append(f'find "{self.term}" {at}'.replace("[", "\\["))
+            parts.append(f'find "{self.term}" {at}')
         parts.append("FOLLOW" if self.follow else f"+{below:,} below, f follows")
-        self.border_subtitle = " · ".join(parts)
+        self.set_subtitle(" · ".join(parts))
 
     def render_line(self, y: int) -> Strip:
         index = y + round(self.scroll_y)

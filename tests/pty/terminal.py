@@ -19,7 +19,9 @@ from types import TracebackType
 class Terminal:
     """A program on a pty of a given size; collects everything it writes."""
 
-    def __init__(self, argv: list[str], *, columns: int = 120, rows: int = 36, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, argv: list[str], *, columns: int = 120, rows: int = 36, env: dict[str, str] | None = None
+    ) -> None:
         self.data = b""
         self._main, child = pty.openpty()
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -34,7 +36,9 @@ class Terminal:
     def __enter__(self) -> Terminal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait(timeout=10)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,21 @@ def test_the_package_carries_the_files_of_the_repository() -> None:
     link = Path(workspace.__file__).parent / "shipped"
     assert link.is_symlink()
     assert link.samefile(Path(workspace.__file__).parents[2] / "config")
+
+
+@pytest.mark.slow
+def test_a_wheel_brings_the_settings_along(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    root = Path(workspace.__file__).parents[2]
+    for name in ("pyproject.toml", "README.md", "LICENSE", "jupiter_engine", "jupiter_tui", "config"):
+        if (root / name).exists():
+            (tmp_path / name).symlink_to(root / name)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    out = tmp_path / "wheel"
+    run = subprocess.run([sys.executable, "-c", build, str(out)], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (wheel,) = out.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for file in SHIPPED.rglob("*.yaml"):
+            packed = archive.read(f"jupiter_engine/settings/shipped/{file.relative_to(SHIPPED)}")
+            assert packed == file.read_bytes()

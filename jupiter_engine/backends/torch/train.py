@@ -42,7 +42,7 @@ def open_trainer(
 
 
 def versions() -> dict[str, str]:
-    return {"torch": torch.__version__}
+    return {"torch": str(torch.__version__)}
 
 
 def load_weights(folder: Path) -> dict[str, npt.NDArray[np.float32]]:

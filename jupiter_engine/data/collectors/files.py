@@ -18,12 +18,46 @@ from jupiter_engine.protocol.specs import SourceSpec
 MAX_FILE_BYTES = 4_000_000
 _MAX_LINE_CHARACTERS = 20_000
 _CODE_SUFFIXES = frozenset(
-    ".c .cc .cpp .cs .css .cu .cxx .f90 .go .h .hpp .java .jl .js .kt .lua .m .mm .php .pl .py .pyi .r .rb .rs .scala "
-    ".sh .sql .swift .ts .tsx .zig".split()
+    [
+        ".c",
+        ".cc",
+        ".cpp",
+        ".cs",
+        ".css",
+        ".cu",
+        ".cxx",
+        ".f90",
+        ".go",
+        ".h",
+        ".hpp",
+        ".java",
+        ".jl",
+        ".js",
+        ".kt",
+        ".lua",
+        ".m",
+        ".mm",
+        ".php",
+        ".pl",
+        ".py",
+        ".pyi",
+        ".r",
+        ".rb",
+        ".rs",
+        ".scala",
+        ".sh",
+        ".sql",
+        ".swift",
+        ".ts",
+        ".tsx",
+        ".zig",
+    ]
 )
 _FOLDERS_NEVER_READ = frozenset({".git", ".hg", ".jupiter", ".svn", ".venv", "__pycache__", "node_modules"})
 # What UTF-8 read as Windows-1252 or Latin-1 looks like: a lead byte shown as a letter, then a shown continuation byte.
-_MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152\u0153\u0160\u0161\u017d\u017e\u02c6\u02dc\u2013-\u2122\u20ac]")
+_MOJIBAKE = re.compile(
+    "[\u00c2-\u00f4][\u0080-\u00bf\u0152\u0153\u0160\u0161\u017d\u017e\u02c6\u02dc\u2013-\u2122\u20ac]"
+)
 
 
 def kind_of(path: Path) -> Kind:
@@ -115,4 +149,5 @@ def repair(text: str) -> str:
     """Undo mojibake where the text shows signs of it; any other text is returned unchanged."""
     if not _MOJIBAKE.search(text):
         return text
-    return ftfy.fix_text(text, fix_latin_ligatures=False, uncurl_quotes=False, normalization=None)
+    fixed: str = ftfy.fix_text(text, fix_latin_ligatures=False, uncurl_quotes=False, normalization=None)
+    return fixed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from itertools import chain
 from pathlib import Path
 
 import jupiter_engine
@@ -51,8 +52,8 @@ def _free_ports(count: int) -> int:
     Below the kernels' ephemeral ranges (32768 on Linux, 49152 on macOS), so no
     outgoing connection takes one in between.
     """
-    start: int = 20000 + os.getpid() % 100 * 100
-    for first in [*range(start, 32000, count), *range(20000, start, count)]:
+    start = 20000 + os.getpid() % 100 * 100
+    for first in chain(range(start, 32000, count), range(20000, start, count)):
         if all(_bindable(first + index) for index in range(count)):
             return first
     raise ConfigError(f"no {count} consecutive free ports between 20000 and 32000", fix="close what listens there")

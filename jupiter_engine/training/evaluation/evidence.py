@@ -109,4 +109,3 @@ def _pairs(task: Task, ours: Sequence[Score], theirs: Sequence[Score]) -> Pairs:
         candidate_answers=tuple(score.answer for score in ours),
         incumbent_answers=tuple(score.answer for score in theirs),
     )
-

@@ -11,9 +11,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jupiter_engine.data.filters.chain import usable
+from jupiter_engine.data.generators import wordings
 from jupiter_engine.protocol.rows import Chunk
-from jupiter_engine.protocol.specs import GenerationSpec, TemplateSpec
-from jupiter_engine.training.evaluation.selection import alternated, drawn
+from jupiter_engine.protocol.specs import FilterSpec, GenerationSpec, TemplateSpec
+from jupiter_engine.training.evaluation.scoring import Codec
+from jupiter_engine.training.evaluation.selection import drawn
 
 FITNESS_VERSION = 1
 """Counts every change of how passages, templates and seeds are paired, or of the rules that judge a sample."""
@@ -34,29 +37,45 @@ def assignments(
 ) -> list[Assignment]:
     """At most `count` passages of the vault slice with templates in proportion to their weights.
 
-    Kinds take turns and clusters take turns, as for windows. Templates follow a low-discrepancy walk through their
-    cumulative weights, so even a few passages hold the mix. Both models get the same list with the same seeds.
+    Documentation is preferred to code where there is any, as in the generate stage; clusters take turns. Templates
+    follow a low-discrepancy walk through their cumulative weights, so even a few passages hold the mix. Both models
+    get the same list with the same seeds.
     """
     draw = f"fitness {slice_number} {seed}"
-    vault = [chunk for chunk in chunks if chunk.split == "vault" and chunk.slice == slice_number]
-    strata = [
-        drawn(
-            [chunk for chunk in vault if chunk.kind == kind],
-            count,
-            draw,
-            name=lambda chunk: chunk.id,
-            group=lambda chunk: chunk.cluster,
-        )
-        for kind in sorted({chunk.kind for chunk in vault})
-    ]
-    usable = [template for template in generation.templates if template.weight > 0]
-    if not usable:
+    vault = [chunk for chunk in chunks if chunk.split == "vault" and chunk.slice == slice_number and chunk.text.strip()]
+    pool = [chunk for chunk in vault if chunk.kind == "docs"] or vault
+    passages = drawn(pool, count, draw, name=lambda chunk: chunk.id, group=lambda chunk: chunk.cluster)
+    templates = [template for template in generation.templates if template.weight > 0]
+    if not templates:
         return []
-    passages = alternated(strata, count)
-    walk = _walk([template.weight for template in usable], len(passages))
+    walk = _walk([template.weight for template in templates], len(passages))
     return [
-        _assignment(chunk, usable[index], f"{draw} {chunk.id}") for chunk, index in zip(passages, walk, strict=True)
+        _assignment(chunk, templates[index], f"{draw} {chunk.id}") for chunk, index in zip(passages, walk, strict=True)
     ]
+
+
+def prompt(passage: Assignment, generation: GenerationSpec, codec: Codec) -> list[int]:
+    """Token ids that the model continues: the chat with its answer already opened, as in the generate stage."""
+    ask = _ask(passage, generation)
+    ids = codec.chat_prompt(list(ask.messages))
+    return [*ids, *codec.encode(ask.opening)] if ask.opening else ids
+
+
+def judge(
+    passage: Assignment, text: str, *, finished: bool, generation: GenerationSpec, rules: FilterSpec
+) -> tuple[float, str]:
+    """(1.0 or 0.0, what was written with the verdict) for the model's continuation `text`.
+
+    `finished`: the model ended by itself, it was not cut off at the token limit.
+    """
+    whole = _ask(passage, generation).opening + text
+    parsed = wordings.parse(passage.template, passage.chunk, whole, finished=finished, topic=passage.topic)
+    good, reason, _ = usable(passage.template.type, parsed.prompt, parsed.response, passage.chunk.text, rules)
+    return float(good), f"[{'usable' if good else reason}] {parsed.prompt}\n{parsed.response}".rstrip()
+
+
+def _ask(passage: Assignment, generation: GenerationSpec) -> wordings.Ask:
+    return wordings.ask(passage.template, passage.chunk, topic=passage.topic, context_bytes=generation.context_bytes)
 
 
 def _assignment(chunk: Chunk, template: TemplateSpec, name: str) -> Assignment:

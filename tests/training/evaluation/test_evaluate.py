@@ -26,9 +26,7 @@ from jupiter_engine.worker.context import Halt, RunContext, read_rows
 
 CANDIDATE = ModelRef(name="cand", folder="/models/cand", sha256="c" * 64)
 INCUMBENT = ModelRef(name="base", folder="/models/base", sha256="b" * 64)
-SPEC = EvaluationSpec(
-    windows=24, window_bytes=300, context_bytes=60, mcq_known=20, mcq_vault=12, fitness_chunks=6
-)
+SPEC = EvaluationSpec(windows=24, window_bytes=300, context_bytes=60, mcq_known=20, mcq_vault=12, fitness_chunks=6)
 COUNTS = {"vault_bpb": 24, "mcq_known": 20, "mcq_vault": 12, "yield": 6}
 GENERATION = GenerationSpec(
     templates=(TemplateSpec(id="qa", type="qa"), TemplateSpec(id="explain", type="explanation")), max_new_tokens=40
@@ -138,9 +136,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(evaluate, "load_scorer", loader("scorer", FakeScorer))
     monkeypatch.setattr(evaluate, "load_generator", loader("generator", FakeGenerator))
     monkeypatch.setattr(evaluate, "TextCodec", ByteCodec)
-    from jupiter_engine.training.evaluation import fitness  # TEMP
-    monkeypatch.setattr(fitness, "messages", lambda passage, generation: [{"role": "user", "content": passage.chunk.text}], raising=False)
-    monkeypatch.setattr(fitness, "judge", lambda passage, response, finish, generation, spec: (float(len(response) > 100), response), raising=False)
     monkeypatch.setattr(evaluate, "verify", lambda _folder: _Info())
     monkeypatch.setattr(evaluate, "folder_sha256", lambda folder: names[folder].sha256)
     return machine
@@ -165,9 +160,15 @@ def corpus(tmp_path: Path) -> tuple[Path, Path]:
         chunks.append(chunk)
         items.append(
             Item(
-                id=f"item{number:02d}", pool="vault" if vault else "known", maker="test", chunk=chunk.id,
-                question=f"What does {name} explain?", options=(f"thing{number}", "nothing", "all"), answer=0,
-                evidence="thing", **place,  # type: ignore[arg-type]
+                id=f"item{number:02d}",
+                pool="vault" if vault else "known",
+                maker="test",
+                chunk=chunk.id,
+                question=f"What does {name} explain?",
+                options=(f"thing{number}", "nothing", "all"),
+                answer=0,
+                evidence="thing",
+                **place,  # type: ignore[arg-type]
             )  # fmt: skip
         )
     paths = (tmp_path / "chunks.jsonl", tmp_path / "items.jsonl")

@@ -120,5 +120,7 @@ def test_whole_decisions_find_a_large_gain_and_a_large_loss() -> None:
     worse = World(bits=-0.05, known=-0.14, vault=-0.08, usable=-0.10, items=300)
     gate = GateSpec()
     for world, verdict in ((better, "promote"), (worse, "worse")):
-        reached: list[str] = [decide(gate, CANDIDATE, INCUMBENT, scores(world, seed), [], 1, 0, seed).verdict for seed in range(8)]
+        reached: list[str] = [
+            decide(gate, CANDIDATE, INCUMBENT, scores(world, seed), [], 1, 0, seed).verdict for seed in range(8)
+        ]
         assert reached.count(verdict) >= 7, (verdict, reached)
