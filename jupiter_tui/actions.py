@@ -61,7 +61,7 @@ ACTIONS: Final = (
     Action("accept", "a", "accept", "Accept this sample and go to the next", "review", mutates=True),
     Action("reject", "x", "reject", "Reject this sample with a reason and go to the next", "review", mutates=True),
     Action("move(1)", "j,space", "next", "The next sample, this one stays as it is", "review"),
-    Action("move(-1)", "k", "previous", "The sample before", "review"),
+    Action("move(-1)", "k", "previous", "The sample before", "review", footer=False),
     Action("undo", "u", "undo", "Take the last verdict of this session back; again for the one before", "review", mutates=True),
     Action("filter", "slash", "filter", "Show samples by status and text", "review"),
     Action("reload", "r", "reload", "Read the samples again", "review", footer=False),

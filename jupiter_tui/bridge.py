@@ -139,6 +139,7 @@ class _Reader:
     picture: Picture = field(default_factory=Picture)
     seq: int = -1
     cycle_id: str = ""
+    reviews: tuple[str, int] = ("", 0)
     log_run: str = ""
     log_offset: int = 0
     notice_at: float = 0.0
@@ -284,6 +285,8 @@ class Bridge:
         self._orders.errands.put(errand)
         # Shielded: leaving a page must not withdraw a command that was already given.
         await asyncio.shield(asyncio.wrap_future(errand.future))
+        # Look at once instead of at the next turn: the answer should be seen as soon as it is there.
+        self._readers.errands.put(Errand(self._look))
 
     # -- the reading thread ----------------------------------------------------------------------
     def _look(self, workspace: Workspace) -> float:
@@ -335,13 +338,18 @@ class Bridge:
             reader.notice_at = 0.0
             picture = replace(picture, curve=Curve(), log=LogBook(cycle=cycle_id))
         if cycle is None:
-            return replace(picture, progress=None, waiting_samples=0)
+            return replace(picture, progress=None, waiting_samples=0, reviewed_samples=None)
         stage = cycle.current_stage()
         run = stage.run if stage is not None and stage.status == "running" else ""
         picture = replace(picture, progress=workspace.progress(run) if run else None)
-        if cycle.waiting_for == "review":
-            waiting = workspace.count_samples(domain=cycle.domain, cycle=cycle.number, status="unreviewed")
-            picture = replace(picture, waiting_samples=waiting)
+        reviews = (cycle.id, picture.state.seq)
+        if reviews != reader.reviews:
+            reader.reviews = reviews
+            waiting, reviewed = (
+                workspace.count_samples(domain=cycle.domain, cycle=cycle.number, status=status)
+                for status in ("unreviewed", "reviewed")
+            )
+            picture = replace(picture, waiting_samples=waiting, reviewed_samples=reviewed)
         return self._with_log(self._with_curve(picture, workspace, cycle), workspace, cycle)
 
     def _with_curve(self, picture: Picture, workspace: Workspace, cycle: CycleState) -> Picture:

@@ -71,6 +71,12 @@ class Generator(Protocol):
         """
         ...
 
+    def stream(
+        self, request: GenerateRequest, *, temperature: float, top_p: float, stop_ids: Sequence[int]
+    ) -> Iterator[int]:
+        """Yield the new tokens of one request as they come, without the stop token."""
+        ...
+
 
 class Scorer(Protocol):
     def logprobs(

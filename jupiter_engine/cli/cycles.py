@@ -13,12 +13,13 @@ from jupiter_engine.cli.output import open_workspace, print_json, print_table
 from jupiter_engine.errors import ExitCode, UsageError
 from jupiter_engine.protocol.commands import Decide, Pause, Resume, StartCycles, Stop
 from jupiter_engine.protocol.state import CycleState
+from jupiter_engine.settings.domain import check_paths
 from jupiter_engine.units import duration_text, plain_text
 
 
 def start(options: argparse.Namespace) -> int:
     workspace = open_workspace(options)
-    workspace.domain(options.domain)  # a wrong file is refused here, before anything starts
+    check_paths(workspace.domain(options.domain))  # a wrong file is refused here, before anything starts
     if options.cycles < 1:
         raise UsageError(f"--cycles must be 1 or more, not {options.cycles}")
     if options.auto:

@@ -10,9 +10,10 @@ import msgspec
 
 from jupiter_engine.api import Workspace
 from jupiter_engine.cli.output import open_workspace, print_json
-from jupiter_engine.cluster.placement import launch_spec, require_duties
+from jupiter_engine.cluster.placement import require_duties
 from jupiter_engine.errors import ExitCode
 from jupiter_engine.protocol.state import CycleState
+from jupiter_engine.settings.cluster import launch_spec
 from jupiter_engine.settings.domain import DomainSettings, check_paths
 from jupiter_engine.units import duration_text
 

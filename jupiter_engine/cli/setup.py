@@ -15,10 +15,11 @@ import msgspec
 
 from jupiter_engine.api import Workspace, find_workspace
 from jupiter_engine.cli.output import open_workspace, print_json
-from jupiter_engine.cluster.placement import launch_spec, require_duties
+from jupiter_engine.cluster.placement import require_duties
 from jupiter_engine.errors import ConfigError, ExitCode, JupiterError
+from jupiter_engine.settings.cluster import launch_spec
 from jupiter_engine.settings.domain import check_paths
-from jupiter_engine.settings.workspace import create
+from jupiter_engine.settings.workspace import create, unread
 from jupiter_engine.settings.workspace import new_domain as write_domain
 from jupiter_engine.units import GIB, bytes_text
 
@@ -36,7 +37,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 def check(options: argparse.Namespace) -> int:
     workspace = open_workspace(options)
-    findings = [*_settings(workspace), *_machine(workspace), *_packages(workspace)]
+    findings = [*_settings(workspace), *_unread(workspace), *_machine(workspace), *_packages(workspace)]
     if options.json:
         print_json(findings)
     else:
@@ -65,6 +66,11 @@ def _settings(workspace: Workspace) -> Iterator[Finding]:
                 yield Finding(level="warning", what=f"domain {name}", text=warning)
         except JupiterError as error:
             yield from _refused(f"domain {name}", error)
+
+
+def _unread(workspace: Workspace) -> Iterator[Finding]:
+    for sentence in unread(workspace.root):
+        yield Finding(level="warning", what="config", text=sentence)
 
 
 def _refused(what: str, error: JupiterError) -> Iterator[Finding]:

@@ -66,13 +66,14 @@ def make(
         drafts = [draft for source in pools[split] for draft in makers.drafts(source.document, source.text)]
         report.drafts += len(drafts)
         siblings = _siblings(drafts)
+        rights = _rights(drafts)
         by_id = {source.document.id: source for source in pools[split]}
         used: Counter[str] = Counter()
         for draft in sorted(drafts, key=lambda d: sha256_text(f"{seed} {d.maker} {d.question} {d.answer}")):
             if used[draft.document.id] >= limit:
                 report.reject("enough items of this document")
                 continue
-            item = _item(draft, siblings, by_id[draft.document.id], asked, seed, report)
+            item = _item(draft, siblings, rights, by_id[draft.document.id], asked, seed, report)
             if item is not None:
                 used[draft.document.id] += 1
                 items.append(item)
@@ -88,9 +89,18 @@ def _siblings(drafts: Iterable[Draft]) -> dict[str, dict[str, list[str]]]:
     return {kind: {group: list(answers) for group, answers in groups.items()} for kind, groups in found.items()}
 
 
+def _rights(drafts: Iterable[Draft]) -> dict[tuple[str, str], set[str]]:
+    """(maker, what is asked) -> every right answer that some document gives."""
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for draft in drafts:
+        found[draft.maker, draft.asks].add(draft.answer)
+    return found
+
+
 def _item(
     draft: Draft,
     siblings: dict[str, dict[str, list[str]]],
+    rights: dict[tuple[str, str], set[str]],
     source: Source,
     asked: set[tuple[str, str]],
     seed: int,
@@ -108,7 +118,7 @@ def _item(
         report.reject("answer not inside one chunk")
         return None
     rng = random.Random(sha256_text(f"item {seed} {draft.maker} {draft.question}"))
-    distractors = _distractors(draft, siblings[draft.type], rng)
+    distractors = _distractors(draft, siblings[draft.type], rights[draft.maker, draft.asks], rng)
     if distractors is None:
         report.reject("too few siblings of fitting length")
         return None
@@ -147,7 +157,7 @@ def _evidence(draft: Draft, source: Source) -> tuple[Chunk | None, str]:
     return None, ""
 
 
-def _distractors(draft: Draft, groups: dict[str, list[str]], rng: random.Random) -> list[str] | None:
+def _distractors(draft: Draft, groups: dict[str, list[str]], right: set[str], rng: random.Random) -> list[str] | None:
     """Three siblings of the nearest group that has enough, lengths balanced around the answer's.
 
     How many shall be longer than the answer is drawn first, so "take the longest" wins no more than chance.
@@ -155,7 +165,7 @@ def _distractors(draft: Draft, groups: dict[str, list[str]], rng: random.Random)
     longer_wanted = rng.randrange(OPTIONS)
     size = len(draft.answer)
     for group in (*draft.groups, ""):
-        candidates = [a for a in groups.get(group, []) if a != draft.answer]
+        candidates = [a for a in groups.get(group, []) if a != draft.answer and not (draft.asks and a in right)]
         # A large pool is sampled: checking thousands of siblings for every item would cost minutes.
         candidates = rng.sample(candidates, min(len(candidates), _CANDIDATES))
         # Far too long or short a sibling gives itself away; among the rest the choice is free.

@@ -34,6 +34,8 @@ class Draft:
     """Character spans of the document that hold the answer; the first inside one chunk is the evidence."""
     alternatives: tuple[str, ...] = ()
     """Further wrong options of the same type from the same place."""
+    asks: str = ""
+    """What is asked, apart from the place: answers to drafts of the same maker and `asks` are no wrong options."""
     accepts: Function[[str], bool] = _any_answer
     """Whether an option is certainly wrong and does not give itself away."""
 
@@ -45,6 +47,8 @@ def drafts(document: Document, text: str) -> Iterator[Draft]:
         yield from _signature(document, entry)
         yield from _default(document, entry)
         yield from _module(document, entry)
+        yield from _parameter(document, entry)
+        yield from _class(document, entry)
         yield from _option(document, entry, text)
         yield from _base(document, entry)
     if document.kind == "docs":
@@ -83,6 +87,7 @@ def _purpose(document: Document, entry: Callable) -> Iterator[Draft]:
         document=document,
         question=f'Which {word} of the {place} {entry.owner} is described as: "{entry.summary}"',
         answer=entry.name,
+        asks=entry.summary,
         type=f"{word} name",
         groups=(f"owner {entry.owner}", f"document {document.id}"),
         spans=(_spans(entry)[0],),
@@ -155,10 +160,55 @@ def _module(document: Document, entry: Callable) -> Iterator[Draft]:
         document=document,
         question=f"Which module has the {entry.form} {name}{'' if entry.form == 'class' else '()'}?",
         answer=owner,
+        asks=name,
         type="module name",
         groups=(),
         spans=_spans(entry)[1:],
         accepts=lambda option: not _gives_away(option, name) and option.split(".")[0] != owner.split(".")[0],
+    )
+
+
+def _parameter(document: Document, entry: Callable) -> Iterator[Draft]:
+    """One of a callable's parameters, told apart from those of its siblings."""
+    names = [parameter.name for parameter in entry.parameters if len(parameter.name) >= 3]
+    name = entry.owner if entry.name == "__init__" else entry.qualified
+    own = frozenset(parameter.name for parameter in entry.parameters)
+    for answer in names[:2]:
+        if not _gives_away(answer, name):
+            yield Draft(
+                maker="parameter",
+                document=document,
+                question=f"Which of these is a parameter of {name}{_beside(names, answer)}?",
+                answer=answer,
+                type="parameter name",
+                groups=(f"owner {entry.owner}", f"document {document.id}"),
+                spans=_spans(entry)[1:],
+                accepts=lambda option: option not in own and not _gives_away(option, name),
+            )
+
+
+def _beside(names: list[str], answer: str) -> str:
+    return next((f", beside {name}" for name in names if name != answer), "")
+
+
+def _class(document: Document, entry: Callable) -> Iterator[Draft]:
+    """The class that has a method; only if the names do not tell."""
+    owner = entry.owner.rpartition(".")[2]
+    if entry.form != "function" or not owner[:1].isupper() or entry.name.startswith("__") or len(entry.name) < 4:
+        return
+    if _gives_away(owner, entry.name) or _gives_away(entry.name, owner):
+        return
+    module = entry.owner.rpartition(".")[0]
+    yield Draft(
+        maker="class",
+        document=document,
+        question=f"Which class of {module} has the method {entry.name}({entry.params})?",
+        answer=owner,
+        asks=entry.name,
+        type="class with methods",
+        groups=(f"owner {module}", f"document {document.id}"),
+        spans=_spans(entry)[1:],
+        accepts=lambda option: not _gives_away(option, entry.name),
     )
 
 

@@ -103,8 +103,8 @@ class _Cluster:
 
     @property
     def load(self) -> npt.NDArray[np.float64]:
-        """float64 [3]: what shall be even over the slices: bytes of docs, bytes of code, facts."""
-        return np.array([self.sizes["docs"], self.sizes["code"], self.facts], dtype=np.float64)
+        """float64 [4]: what shall be even over the slices: bytes of docs, bytes of code, facts, documents."""
+        return np.array([self.sizes["docs"], self.sizes["code"], self.facts, len(self.members)], dtype=np.float64)
 
 
 def split(
@@ -121,9 +121,10 @@ def split(
     `previous` gives the places of known documents by uri. A cluster that touches
     train stays train; else one that touches the vault stays in that slice. New
     clusters come in an order drawn from `seed` and go to the vault until it holds
-    `vault_share` of all bytes; one larger than half a slice's even share always trains, because
+    `vault_share` of all bytes; one larger than a quarter of a slice's even share always trains, because
     it would make its slice a test of one subject. Each vault cluster goes to the
-    slice where it leaves bytes per kind, and `facts` (how many items a document may give), most even.
+    slice where it leaves bytes per kind, documents, and `facts` (how many items a
+    document may give) most even.
     """
     found = _clusters(documents, facts or [0] * len(documents))
     total = sum(cluster.bytes for cluster in found)
@@ -180,17 +181,17 @@ def _kept_place(
 
 
 def _largest_allowed(found: Sequence[_Cluster], target: float, slices: int) -> float:
-    """Half a slice's even share; in a corpus of few clusters at least the median cluster, or the vault stays empty."""
+    """A quarter of a slice's even share; at least the median cluster, or the vault of a small corpus stays empty."""
     sizes = sorted(cluster.bytes for cluster in found)
     median = sizes[len(sizes) // 2] if sizes else 0
-    return max(target / slices / 2, median)
+    return max(target / slices / 4, median)
 
 
 def _slices(
     chosen: Sequence[_Cluster], settled: Sequence[_Cluster], places: Mapping[str, tuple[Split, int]], slices: int
 ) -> dict[str, tuple[Split, int]]:
     """Slices for the chosen vault clusters, largest first, on top of what the settled ones already hold."""
-    load = np.zeros((slices, 3))
+    load = np.zeros((slices, 4))
     for cluster in settled:
         place, number = places[cluster.name]
         if place == "vault":

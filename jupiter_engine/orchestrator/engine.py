@@ -17,7 +17,7 @@ from typing import IO, Literal
 import msgspec
 
 from jupiter_engine import __version__
-from jupiter_engine.cluster.placement import launch_spec, require_duties
+from jupiter_engine.cluster.placement import require_duties
 from jupiter_engine.errors import JupiterError, StateError, UsageError
 from jupiter_engine.files import ProcessIdentity, write_atomic, write_json
 from jupiter_engine.orchestrator.database import Database
@@ -34,7 +34,7 @@ from jupiter_engine.protocol.orders import ModelRef
 from jupiter_engine.protocol.state import CycleState, Failure, StageState, State
 from jupiter_engine.remote.local import LocalRemote
 from jupiter_engine.remote.port import Remote
-from jupiter_engine.settings.cluster import load_cluster
+from jupiter_engine.settings.cluster import launch_spec, load_cluster
 from jupiter_engine.settings.domain import DomainSettings
 
 TICK_S = 0.1

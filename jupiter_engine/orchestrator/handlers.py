@@ -15,7 +15,7 @@ from jupiter_engine.protocol import commands as c
 from jupiter_engine.protocol import journal as j
 from jupiter_engine.protocol.state import CycleState, State
 from jupiter_engine.settings.cluster import load_cluster
-from jupiter_engine.settings.domain import load_domain
+from jupiter_engine.settings.domain import check_paths, load_domain
 from jupiter_engine.settings.workspace import domain_file
 
 
@@ -78,7 +78,9 @@ class CommandHandlers:
 
     def new_cycle(self, state: State, domain: str, *, mode: c.Mode, remaining: int, by: str) -> j.CycleCreated:
         """The next cycle of the domain with today's settings, which it keeps to its end."""
-        settings = load_domain(domain_file(self._root, domain)).value
+        loaded = load_domain(domain_file(self._root, domain))
+        check_paths(loaded)
+        settings = loaded.value
         number = 1 + max((x.number for x in state.cycles.values() if x.domain == domain), default=0)
         return j.CycleCreated(
             cycle=f"{domain}-{number:04d}",

@@ -62,11 +62,12 @@ class TemplateSpec(Spec, frozen=True, kw_only=True):
     type: Literal["qa", "explanation", "rephrase", "tutorial", "code", "debug", "conversation"]
     """What kind of sample is asked for; fixes the built-in wording."""
     prompt: str | None = None
-    """Own wording; may use {title}, {chunk}, {topic}. None: the built-in wording of the type."""
+    """Own wording; may use {title}, {chunk}, {topic}. None: the built-in wording of the type.
+    A wording without {chunk} stands below the text."""
     system_prompt: str | None = None
-    """The generator's instruction before the prompt. None: the built-in one."""
+    """Instruction to the generator before the prompt. None: no such message."""
     topics: tuple[str, ...] = ()
-    """Fill {topic} of the prompt, one after the other."""
+    """Fill {topic} of the prompt, one after the other; without any, the text's title does."""
     weight: NotNegative = 1.0
     """Relative share of the samples asked with this template."""
 

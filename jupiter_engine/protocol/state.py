@@ -103,7 +103,7 @@ class State(msgspec.Struct, kw_only=True):
         """The newest unfinished cycle, else the newest one."""
         mine = [c for c in self.cycles.values() if domain is None or c.domain == domain]
         unfinished = [c for c in mine if c.status not in ("finished", "stopped")]
-        return (unfinished or mine or [None])[-1]
+        return next(reversed(unfinished or mine), None)
 
     def active_generator(self, domain: str) -> GeneratorState | None:
         return next((g for g in self.generators.get(domain, []) if g.active), None)

@@ -264,12 +264,10 @@ def _check_template(template: TemplateSpec, key: str, language: str, found: Find
                 key, f"has no prompt of its own and will ask in English, though the domain's language is {language}"
             )
         return
-    if "{chunk}" not in template.prompt:
-        found.warn(f"{key}.prompt", "does not show the generator its {chunk}; ungrounded answers will be filtered out")
     if template.topics and "{topic}" not in template.prompt:
         found.warn(f"{key}.topics", "has no effect: the template's prompt does not use {topic}")
     if "{topic}" in template.prompt and not template.topics:
-        found.problem(f"{key}.prompt", "uses {topic}, but the template has no topics; add `topics` or use {title}")
+        found.warn(f"{key}.prompt", "uses {topic}, but the template has no topics; the text's title is filled in")
 
 
 def _check_filters(settings: DomainSettings, found: Findings) -> None:

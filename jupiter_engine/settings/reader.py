@@ -12,7 +12,6 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -36,15 +35,14 @@ _INVALID: Final = object()
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded(Generic[T]):
+class Loaded(msgspec.Struct, Generic[T], frozen=True):
     """Settings together with where they came from and what a person should know about them."""
 
     value: T
     path: Path
     warnings: tuple[str, ...] = ()
     """Complete sentences; nothing here stops anything."""
-    places: Mapping[str, Place] = field(default_factory=dict)
+    places: Mapping[str, Place] = msgspec.field(default_factory=dict)
     """Dotted key (`generation.templates[0].prompt`) -> where its value stands; only keys that stand in the file."""
 
 

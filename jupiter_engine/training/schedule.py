@@ -20,8 +20,7 @@ def learning_rate(spec: ScheduleSpec, peak: float, tokens_done: int, tokens_tota
     share = tokens_done / tokens_total
     if share < spec.warmup_share:
         return peak * share / spec.warmup_share
-    if spec.kind == "constant":
+    if spec.kind == "constant" or spec.warmup_share == 1.0:
         return peak
-    span = 1.0 - spec.warmup_share
-    position = (share - spec.warmup_share) / span if span > 0 else 1.0
+    position = (share - spec.warmup_share) / (1.0 - spec.warmup_share)
     return peak * (spec.final_share + (1.0 - spec.final_share) * 0.5 * (1.0 + math.cos(math.pi * position)))

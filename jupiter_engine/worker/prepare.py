@@ -94,11 +94,14 @@ def make_nano(target: Path, *, seed: int) -> ModelInfo:
     It knows nothing; it makes every path of the program testable in seconds. The same
     interpreter and seed give the same bytes.
     """
-    from pydoc_data import topics  # noqa: PLC0415 - a large module, wanted here only
+    from pydoc_data import topics
 
     texts = [topics.topics[name] for name in sorted(topics.topics)]
     if not texts:
-        raise NotEnoughData("this Python was built without its language reference", fix="use python.org's or a distribution's full Python")
+        raise NotEnoughData(
+            "this Python was built without its language reference",
+            fix="use python.org's or a distribution's full Python",
+        )
     shape = PRESETS["nano"].shape
     tokenizer = train_tokenizer(texts, vocab_size=shape.vocab_size)
     with publish(target.with_name(f"{target.name}-tokenizer")) as folder:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 import psutil
 
 from jupiter_engine import __version__
@@ -157,7 +156,8 @@ def check(order: TrainOrder, folder: Path) -> Job:
             f"{recipe.sequence_tokens}",
             fix="build the snapshot again with the recipe's sequence_tokens",
         )
-    if manifest.vocab_size > info.vocab_size or int(np.max(snapshot.tokens)) >= info.vocab_size:
+    # read_snapshot made sure that no id lies outside the snapshot's own vocabulary.
+    if manifest.vocab_size > info.vocab_size:
         raise ModelInvalid(
             f"the snapshot's tokenizer knows {manifest.vocab_size} tokens, "
             f"the model's embedding has only {info.vocab_size} rows",
@@ -177,7 +177,7 @@ def check(order: TrainOrder, folder: Path) -> Job:
         tokens=snapshot.tokens,
         loss_mask=snapshot.loss_mask,
         segments=snapshot.segments,
-        sha256=sha256_file(Path(order.snapshot) / "manifest.json"),
+        sha256=snapshot.sha256,
     )
     identity = Identity(recipe_sha256=recipe_sha256(recipe), snapshot_sha256=data.sha256, start_sha256=start_sha256)
     return Job(order=order, folder=folder, info=info, data=data, identity=identity, start_folder=start_folder)

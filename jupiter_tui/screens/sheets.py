@@ -156,15 +156,15 @@ class StartSheet(Sheet[StartWish]):
         self._cycles, self._auto = 1, False
 
     def _show(self) -> None:
-        who = (
-            "auto: filters and gate decide everything"
+        mode, who = (
+            ("auto", "filters and gate decide everything")
             if self._auto
-            else "interactive: the review the domain asks for, and the promotion, wait for you"
+            else ("interactive", "the domain's review and the promotion wait for you")
         )
         self._lines = [
             [("cycles  ", "dim"), (str(self._cycles), "bold"), ("    + more, - fewer", "dim")],
-            [("mode    ", "dim"), (who, "bold")],
-            [("        ", "dim"), ("m changes the mode", "dim")],
+            [("mode    ", "dim"), (mode, "bold"), ("    m changes it", "dim")],
+            [("        ", "dim"), (who, "")],
             [],
             [("enter starts, escape leaves", "title")],
         ]

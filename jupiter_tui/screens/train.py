@@ -38,7 +38,7 @@ class TrainPage(Page):
         with Horizontal(id="middle"):
             yield Pane("Samples", id="funnel")
             yield Pane("Step", id="numbers")
-            yield Chart("Loss", lambda m: m.loss, id="loss", empty="the loss curve begins with the train stage")
+            yield Chart("Loss", lambda m: m.loss, id="loss", empty="begins with the train stage")
             yield Chart(
                 "Tokens/s", lambda m: m.tokens_per_s, id="speed", empty="begins with the train stage", from_zero=True
             )
@@ -71,7 +71,7 @@ class TrainPage(Page):
             return []
         if picture.cycle is None:
             return [piece for sentence in FIRST_RUN for piece in wrap(sentence, width)]
-        lines = funnel(picture.cycle, width)
+        lines = funnel(picture.cycle, width, reviewed=picture.reviewed_samples)
         # Where there is no room for a box of their own, the step's numbers follow here.
         if not self.query_one("#numbers").display and picture.curve.last is not None:
             lines += [rule("Step", width), *numbers(picture, width)]

@@ -20,9 +20,9 @@ def domain_rows(domains: tuple[DomainFile, ...], state: State, cursor: int, widt
             f"{len(domain.problems)} problems" if domain.problems else f"{cycles} cycles" if cycles else "no cycle yet"
         )
         chosen = index == cursor
-        line: Line = [(">" if chosen else " ", "accent"), mark("bad" if domain.problems else "ok"), (" ", "")]
+        line: Line = [("> " if chosen else "  ", "accent"), mark("bad" if domain.problems else "ok"), (" ", "")]
         line += [
-            (pad(domain.name, 18), "cursor" if chosen else "bold"),
+            (pad(domain.name, 13), "cursor" if chosen else "bold"),
             (f" {note}", "bad" if domain.problems else "dim"),
         ]
         lines.append(cut_line(line, width))

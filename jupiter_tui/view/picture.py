@@ -97,6 +97,8 @@ class Picture:
     log: LogBook = field(default_factory=LogBook)
     waiting_samples: int = 0
     """Samples of the waiting review without a verdict."""
+    reviewed_samples: int | None = None
+    """Samples of the shown cycle that a person gave a verdict on."""
     domains: tuple[DomainFile, ...] = ()
     cluster: dict[str, object] | None = None
     cluster_problems: tuple[str, ...] = ()

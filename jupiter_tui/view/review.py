@@ -72,8 +72,9 @@ def position_line(
     parts = [status] if status else []
     parts += [f'text "{one_line(search)}"'] if search else []
     line: Line = [(f" sample {index + 1 if total else 0} of {total}", "bold")]
-    line += [("   " + "  ".join(f"{name} {count}" for name, count in counts.items()), "")]
-    line += [(f"   filter: {', '.join(parts)}" if parts else "   all samples", "accent" if parts else "dim")]
     if waits:
-        line += [("   ** the cycle waits: F finishes the review", "warn")]
+        line += [("  ** F finishes", "warn")]
+    shown = {name: count for name, count in counts.items() if count or name != "new"}
+    line += [("  " + "  ".join(f"{name} {count}" for name, count in shown.items()), "")]
+    line += [(f"  filter: {', '.join(parts)}" if parts else "  all samples", "accent" if parts else "dim")]
     return cut_line(line, width)

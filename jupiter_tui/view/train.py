@@ -12,10 +12,9 @@ from jupiter_tui.view.picture import Picture
 from jupiter_tui.view.text import Line, Span, bar, clock, cut_line, mark, number, one_line, pad, plain, span
 
 FIRST_RUN: Final = (
-    "No cycle has run in this workspace yet.",
-    "A cycle collects text, asks the generator for samples, filters them, trains a candidate and measures it.",
-    "It runs on this machine; you may quit at any time, the work goes on.",
-    "Press l to start the first cycle of the domain shown above.",
+    "No cycle has run yet: press l to start one.",
+    "It collects text, generates and filters samples, trains a candidate and measures it, on this machine.",
+    "Quit when you like: the work goes on.",
 )
 
 
@@ -31,8 +30,8 @@ def stage_mark(stage: StageState, *, waits: bool = False) -> Span:
 def stage_strip(cycle: CycleState | None, width: int) -> list[Line]:
     """All stages in order with their marks, broken over as many lines as the width needs."""
     # Two blanks between stages, or one where that saves a line.
-    whole = sum(len(name) + 3 for name in STAGES) + 1
-    between = "  " if width >= whole + len(STAGES) - 2 or width < whole else " "
+    narrow = 1 + sum(len(name) + 3 for name in STAGES) + len(STAGES) - 1
+    between = " " if narrow <= width < narrow + len(STAGES) - 1 else "  "
     lines: list[Line] = [[(" ", "")]]
     waits_in = {"review": "review", "decision": "promote"}.get(cycle.waiting_for, "") if cycle else ""
     for name in STAGES:
@@ -52,7 +51,7 @@ def progress_line(picture: Picture, width: int) -> Line:
     if cycle is None:
         return []
     stage = cycle.current_stage()
-    if stage is None or stage.status != "running":
+    if stage is None or stage.status != "running" or cycle.waiting_for:
         took = _took(cycle, picture.now)
         what = f" at {stage.stage}" if stage is not None and cycle.status != "finished" else ""
         return cut_line(
@@ -107,17 +106,23 @@ def funnel(cycle: CycleState | None, width: int, *, reviewed: int | None = None)
         ("chunks", _count(cycle, "collect", "chunks", "chunks"), _size(result_of(cycle, "collect", "bytes"))),
         ("samples", samples, _of(samples, cycle.settings.get("generation"))),
         ("accepted", accepted, f"{accepted / judged:.0%} of {judged}" if accepted is not None and judged else ""),
-        ("reviewed", reviewed if reviewed is not None else cycle.counts.get("reviewed"), ""),
+        ("reviewed", reviewed if reviewed is not None else result_of(cycle, "review", "reviewed"), ""),
         ("queued tokens", result_of(cycle, "queue", "tokens"), _sequences(cycle)),
     ]
+    reasons = sorted(cycle.rejected.items(), key=lambda item: (-item[1], item[0]))
+    narrow = width < 42
+    if reasons and narrow:
+        # No room for a list of its own: the reasons stand in the row, the most frequent first.
+        rejected = ", ".join(f"{one_line(reason)} {count}" for reason, count in reasons)
+        rows.insert(4, ("rejected", cycle.counts.get("rejected", 0), rejected))
     lines: list[Line] = []
     for label, value, note in rows:
         shown = "-" if value is None else f"{value:,}"
         lines.append([(pad(label, 14), "dim"), (shown.rjust(9), "bold" if value else "dim"), (f"  {note}", "dim")])
-    if cycle.rejected:
+    if reasons and not narrow:
         total = cycle.counts.get("rejected", 0)
         lines.append([(f"rejected {total}, because:", "warn")])
-        for reason, count in sorted(cycle.rejected.items(), key=lambda item: (-item[1], item[0])):
+        for reason, count in reasons:
             room = max(4, width - 30)
             lines.append([(f"  {pad(one_line(reason), 18)}{count:>5} ", ""), (bar(count / max(1, total), room), "dim")])
     return [cut_line(line, width) for line in lines]

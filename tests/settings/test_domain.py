@@ -201,10 +201,6 @@ RULES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "all weights zero": ({TEMPLATE + "weight": 0}, ("`generation.templates` all have weight 0",)),
     "unknown placeholder": ({TEMPLATE + "prompt": "{chunk} {tittle}"}, ("{tittle}", "did you mean {title}?")),
     "empty prompt": ({TEMPLATE + "prompt": " "}, ("`generation.templates[0].prompt` is empty",)),
-    "topic without topics": (
-        {TEMPLATE + "prompt": "{chunk} {topic}"},
-        ("uses {topic}, but the template has no topics",),
-    ),
     "empty topic": ({TEMPLATE + "topics": [""]}, ("`generation.templates[0].topics[0]` is empty",)),
     "filter bounds": ({"filters__min_words": 700}, ("`filters.min_words`", "larger than filters.max_words (600)")),
     "answers too short to pass": (
@@ -259,7 +255,7 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
         "raises that to 40%",
     ),
     "share without sampling": ({"review": {"share": 0.5}}, "`review.share` has no effect while review.mode is auto"),
-    "blind generator": ({TEMPLATE + "prompt": "Tell about {title}"}, "does not show the generator its {chunk}"),
+    "topic without topics": ({TEMPLATE + "prompt": "{chunk} {topic}"}, "the template has no topics"),
     "topics unused": (
         {TEMPLATE + "prompt": "{chunk}", TEMPLATE + "topics": ["x"]},
         "`generation.templates[0].topics` has no effect",

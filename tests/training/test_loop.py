@@ -78,7 +78,7 @@ class BigramTrainer:
         return float(np.linalg.norm(self.gradient))
 
     def apply(self, learning_rate: float, gradient_scale: float) -> None:
-        self.table -= 50 * learning_rate * gradient_scale * self.gradient
+        self.table -= 5000 * learning_rate * gradient_scale * self.gradient
         self.gradient[:] = 0.0
         self.rates.append(learning_rate)
 

@@ -32,7 +32,7 @@ def test_no_warm_up_and_only_warm_up_are_both_possible(share: float) -> None:
     rates = [learning_rate(spec, 1.0, done, 10) for done in range(1, 11)]
     expected = sorted(rates, reverse=share == 0.0)
     assert rates == expected
-    assert rates[-1] == pytest.approx(0.5 if share == 0.0 else 0.5)
+    assert rates[-1] == pytest.approx(0.5 if share == 0.0 else 1.0)
 
 
 @pytest.mark.parametrize("done", [0, 1001])

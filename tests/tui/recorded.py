@@ -65,6 +65,8 @@ class Recorder:
         create(root)
         self.root, self.domain = root, domain
         self.db = Database(root / ".jupiter" / "jupiter.db")
+        # A recording need not survive a power cut, and there are many.
+        self.db._connection.execute("PRAGMA synchronous=OFF")
         self.settings: dict[str, Any] = msgspec.to_builtins(load_domain(domain_file(root, domain)).value)
         self.number = 0
 
@@ -171,7 +173,8 @@ class Recorder:
         write_metrics(folder, steps)
         self.progress("train", steps, 60, "steps")
         if done:
-            result = {"steps": steps, "tokens": 120_000, "first_loss": 3.1, "last_loss": 2.35, "tokens_per_s": 377.0}
+            model = {"name": f"python-{self.number:04d}", "folder": str(self.root / "candidate"), "sha256": "c" * 64}
+            result = {"model": model, "steps": steps, "tokens": 120_000, "first_loss": 3.1, "last_loss": 2.35, "tokens_per_s": 377.0}
             self.db.append(j.StageFinished(cycle=self.cycle, stage="train", run=self.run("train"), result=result))
 
     def measure(self, verdict: Literal["promote", "worse", "inconclusive"] = "promote") -> None:

@@ -22,6 +22,8 @@ _CANDIDATES = (
     "/usr/lib/libopenblas.so.0",
 )
 
+_loaded: list[ctypes.CDLL] = []
+
 
 def preload() -> str | None:
     """Load OpenBLAS into the process; returns its path, None where there is nothing to do."""
@@ -33,6 +35,12 @@ def preload() -> str | None:
             continue
         with contextlib.suppress(OSError):
             # A library that cannot be loaded (its own parts missing) costs speed, not results: try the next.
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            _loaded.append(ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL))
             return path
     return None
+
+
+def limit_threads(threads: int) -> None:
+    """Let the preloaded OpenBLAS use `threads` threads; 0, or no OpenBLAS in the process, changes nothing."""
+    if threads and _loaded:
+        _loaded[0].openblas_set_num_threads(threads)

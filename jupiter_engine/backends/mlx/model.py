@@ -39,6 +39,15 @@ def rotary_periods(info: ModelInfo) -> mx.array:
     return 1.0 / frequencies
 
 
+def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotary embedding in the half-split layout at any positions.
+
+    x [B, heads, T, head_dim]; cos, sin float32 [B, 1, T, head_dim / 2]. mx.fast.rope knows consecutive positions only.
+    """
+    first, second = mx.split(x.astype(mx.float32), 2, axis=-1)
+    return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, info: ModelInfo) -> None:
         super().__init__()
@@ -49,17 +58,22 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(info.hidden_size, kv, bias=False)
         self.o_proj = nn.Linear(q, info.hidden_size, bias=False)
 
-    def project(self, x: mx.array, periods: mx.array, offset: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """x [B, T, D] -> rotated queries [B, heads, T, hd], rotated keys and values [B, kv_heads, T, hd]."""
+    def project(
+        self, x: mx.array, periods: mx.array | None, offset: int | mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """x [B, T, D] -> rotated queries [B, heads, T, hd], rotated keys and values [B, kv_heads, T, hd].
+
+        Positions count from `offset` (int, or int [B]); with `periods` None nothing is rotated.
+        """
         batch, length, _ = x.shape
         q = self.q_proj(x).reshape(batch, length, self.heads, self.head_dim).transpose(0, 2, 1, 3)
         k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         v = self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        if periods is None:
+            return q, k, v
 
         def rope(y: mx.array) -> mx.array:
-            return mx.fast.rope(
-                y, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
-            )
+            return mx.fast.rope(y, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods)
 
         return rope(q), rope(k), v
 
@@ -151,6 +165,18 @@ class Llama(nn.Module):
             x = layer(x, self._periods, mask)
         return self.model.norm(x)
 
+    def hidden_at(self, tokens: mx.array, positions: mx.array, mask: mx.array) -> mx.array:
+        """`hidden` with positions int [B, T] and a mask bool [B, 1, T, T] (True = may see) of one's own."""
+        angles = positions[:, None, :, None].astype(mx.float32) / self._periods
+        cos, sin = mx.cos(angles), mx.sin(angles)
+        x = self.model.embed_tokens(tokens)
+        for layer in self.model.layers:
+            q, k, v = layer.self_attn.project(layer.input_layernorm(x), None, 0)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            x = x + layer.self_attn.attend(q, k, v, mask)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.model.norm(x)
+
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden [..., D] -> logits [..., V] in the hidden states' precision."""
         if self._info.tied:
@@ -167,7 +193,8 @@ def load_model(folder: Path, dtype: Dtype = "bfloat16") -> Llama:
     model = Llama(info)
     tensors: dict[str, mx.array] = {}
     for path in weight_files(folder):
-        tensors.update(mx.load(str(path)))
+        loaded: Any = mx.load(str(path))
+        tensors.update(loaded)
     wanted = [name for name, _ in tree_flatten(model.parameters())]
     model.load_weights([(name, tensors[name].astype(DTYPES[dtype])) for name in wanted], strict=True)
     mx.eval(model.parameters())

@@ -197,7 +197,7 @@ class MlxTrainer:
         generators = _generators()
         for index in range(len(generators)):
             if f"mlx.{index}" in state.rng:
-                generators[index] = mx.array(state.rng[f"mlx.{index}"])
+                generators[index][:] = mx.array(state.rng[f"mlx.{index}"])
         self._refresh()
 
     def share_state(self, updates: int) -> None:
@@ -226,9 +226,9 @@ class MlxTrainer:
 
 
 def _generators() -> list[mx.array]:
-    """MLX's global random state: a list that is changed in place."""
-    generators: Any = mx.random.state
-    return generators
+    """The keys of MLX's global random state; writing into one of them sets it."""
+    state: Any = mx.random.state
+    return list(state)
 
 
 class _Weights:

@@ -7,18 +7,27 @@ its own key/value cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from jupiter_engine.backends.contract import Dtype
 from jupiter_engine.checkpoints.model_folder import ModelInfo, verify, weight_files
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def inference(function: Function) -> Function:
+    """Decorator: no gradients are recorded inside (torch.inference_mode, with its type kept)."""
+    return cast("Function", torch.inference_mode()(function))
 
 
 class RMSNorm(nn.Module):
@@ -28,7 +37,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotary_frequencies(info: ModelInfo) -> Tensor:
@@ -81,7 +90,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention and output projection; `mask` None is plain causal over equal lengths, else True = may see."""
-        out = F.scaled_dot_product_attention(
+        out = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )
         return self.o_proj(out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1))
@@ -98,7 +107,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(info.intermediate_size, info.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -173,7 +182,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V] in the hidden states' precision."""
-        return F.linear(hidden, self.output_weight)
+        return functional.linear(hidden, self.output_weight)
 
     @property
     def output_weight(self) -> Tensor:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from jupiter_engine.backends.contract import Dtype, ScoreRequest, check_score_requests
 from jupiter_engine.backends.planning import SCORE_ROWS, ScoreBatch, score_batches
-from jupiter_engine.backends.torch.model import Llama, default_device, load_model
+from jupiter_engine.backends.torch.model import Llama, default_device, inference, load_model
 
 
 class TorchScorer:
@@ -43,7 +43,7 @@ class TorchScorer:
                 progress(done, len(requests))
         return results
 
-    @torch.inference_mode()
+    @inference
     def _score(self, batch: ScoreBatch) -> Tensor:
         """float32 [N] on the CPU, in the order of batch.sources."""
         device = self._model.output_weight.device
@@ -57,7 +57,7 @@ class TorchScorer:
         wanted = hidden.flatten(0, 1)[torch.from_numpy(batch.sources).to(device)]
         targets = torch.from_numpy(batch.targets).to(device)
         parts = [
-            -F.cross_entropy(self._model.logits(rows).float(), wants, reduction="none")
+            -functional.cross_entropy(self._model.logits(rows).float(), wants, reduction="none")
             for rows, wants in zip(wanted.split(SCORE_ROWS), targets.split(SCORE_ROWS), strict=True)
         ]
         return torch.cat(parts).cpu()

@@ -11,6 +11,7 @@ from pathlib import Path
 import ftfy
 
 from jupiter_engine.data.collectors.document import Collected, RawDocument
+from jupiter_engine.data.words import words
 from jupiter_engine.errors import ConfigError
 from jupiter_engine.protocol.rows import Kind
 from jupiter_engine.protocol.specs import SourceSpec
@@ -18,40 +19,10 @@ from jupiter_engine.protocol.specs import SourceSpec
 MAX_FILE_BYTES = 4_000_000
 _MAX_LINE_CHARACTERS = 20_000
 _CODE_SUFFIXES = frozenset(
-    [
-        ".c",
-        ".cc",
-        ".cpp",
-        ".cs",
-        ".css",
-        ".cu",
-        ".cxx",
-        ".f90",
-        ".go",
-        ".h",
-        ".hpp",
-        ".java",
-        ".jl",
-        ".js",
-        ".kt",
-        ".lua",
-        ".m",
-        ".mm",
-        ".php",
-        ".pl",
-        ".py",
-        ".pyi",
-        ".r",
-        ".rb",
-        ".rs",
-        ".scala",
-        ".sh",
-        ".sql",
-        ".swift",
-        ".ts",
-        ".tsx",
-        ".zig",
-    ]
+    f".{name}"
+    for name in words(
+        "c cc cpp cs css cu cxx f90 go h hpp java jl js kt lua m mm php pl py pyi r rb rs scala sh sql swift ts tsx zig"
+    )
 )
 _FOLDERS_NEVER_READ = frozenset({".git", ".hg", ".jupiter", ".svn", ".venv", "__pycache__", "node_modules"})
 # What UTF-8 read as Windows-1252 or Latin-1 looks like: a lead byte shown as a letter, then a shown continuation byte.

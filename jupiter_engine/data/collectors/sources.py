@@ -61,13 +61,13 @@ def collect(
     keywords: Sequence[str] = (),
     negative_keywords: Sequence[str] = (),
     seed: int = 0,
-    on_source: Callable[[int, int, str], None] = lambda done, total, name: None,
+    on_source: Callable[[int, int, str], None] | None = None,
 ) -> tuple[list[RawDocument], list[SourceReport]]:
     """Documents of all sources, in source order; exact repeats, tiny and unwanted ones left out and counted.
 
-    A document in which a negative keyword stands (whole word, any case) is left out.
-    Keywords decide which documents stay where `max_bytes` forces a choice: more
-    different keywords first, then an order drawn from `seed`.
+    With `keywords`, documents that hold none of them (whole word, any case) are left
+    out; so are those that hold a negative one. Where `max_bytes` forces a choice, it
+    follows an order drawn from `seed`.
     Raises CorpusEmpty if nothing usable is left, ConfigError for a path that does not exist.
     """
     documents: list[RawDocument] = []
@@ -75,11 +75,12 @@ def collect(
     seen: set[str] = set()
     wanted, unwanted = _matchers(keywords), _matchers(negative_keywords)
     for number, source in enumerate(sources):
-        on_source(number, len(sources), source.id)
+        if on_source is not None:
+            on_source(number, len(sources), source.id)
         collected = _COLLECTORS[source.type](source)
-        kept = _usable(collected, unwanted, seen)
+        kept = _usable(collected, wanted, unwanted, seen)
         if source.max_bytes is not None:
-            kept = _within(kept, source.max_bytes, wanted, seed, collected)
+            kept = _within(kept, source.max_bytes, seed, collected)
         documents.extend(kept)
         reports.append(
             SourceReport(
@@ -99,11 +100,15 @@ def _matchers(keywords: Sequence[str]) -> list[re.Pattern[str]]:
     return [re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE) for word in keywords]
 
 
-def _usable(collected: Collected, unwanted: list[re.Pattern[str]], seen: set[str]) -> list[RawDocument]:
+def _usable(
+    collected: Collected, wanted: list[re.Pattern[str]], unwanted: list[re.Pattern[str]], seen: set[str]
+) -> list[RawDocument]:
     kept = []
     for document in collected.documents:
         if document.size_bytes < MIN_DOCUMENT_BYTES:
             collected.skip(f"shorter than {MIN_DOCUMENT_BYTES} bytes", document.uri)
+        elif wanted and not any(pattern.search(document.text) for pattern in wanted):
+            collected.skip("no keyword", document.uri)
         elif any(pattern.search(document.text) for pattern in unwanted):
             collected.skip("negative keyword", document.uri)
         elif (sha256 := document.sha256) in seen:
@@ -114,10 +119,8 @@ def _usable(collected: Collected, unwanted: list[re.Pattern[str]], seen: set[str
     return kept
 
 
-def _within(
-    documents: list[RawDocument], max_bytes: int, wanted: list[re.Pattern[str]], seed: int, collected: Collected
-) -> list[RawDocument]:
-    """Whole families that fit in `max_bytes`, taken by keywords then by hash; source order is kept.
+def _within(documents: list[RawDocument], max_bytes: int, seed: int, collected: Collected) -> list[RawDocument]:
+    """Whole families that fit in `max_bytes`, taken in an order drawn from `seed`; the source's order is kept.
 
     Families (a module's docstrings and its source) go in or out together, so a
     small corpus still shows each subject from both sides.
@@ -125,14 +128,9 @@ def _within(
     families: dict[str, list[RawDocument]] = {}
     for document in documents:
         families.setdefault(document.family or document.uri, []).append(document)
-
-    def rank(name: str) -> tuple[int, str]:
-        hits = sum(any(pattern.search(d.text) for d in families[name]) for pattern in wanted)
-        return -hits, sha256_text(f"{seed} {name}")
-
     kept: set[str] = set()
     room = max_bytes
-    for name in sorted(families, key=rank):
+    for name in sorted(families, key=lambda name: sha256_text(f"{seed} {name}")):
         size = sum(d.size_bytes for d in families[name])
         if size <= room:
             room -= size
@@ -154,8 +152,8 @@ def _empty(sources: Sequence[SourceSpec], reports: Sequence[SourceReport]) -> Co
         fixes.append("check `path:` and `include:`")
     if reasons["beyond max_bytes"]:
         fixes.append("raise `max_bytes:`")
-    if reasons["negative keyword"]:
-        fixes.append("remove a negative keyword")
+    if reasons["negative keyword"] or reasons["no keyword"]:
+        fixes.append("correct `keywords:` and `negative_keywords:`")
     if not fixes:
         fixes.append("add a source to the domain")
     return CorpusEmpty(f"no usable document in the sources: {named}; {why}", fix=", or ".join(fixes))

@@ -39,7 +39,7 @@ _ITEM_SHARE = 0.6
 _SHINGLE = 5
 _PERMUTATIONS = 128
 _BANDS = 32
-"""128 / 32 = 4 rows a band: two texts of similarity 0.5 meet in a band with a chance of 87 %, of 0.75 with > 99.99 %."""
+"""128 / 32 = 4 rows a band: two texts of similarity 0.5 meet in one with a chance of 87 %, of 0.75 with > 99.99 %."""
 _PERMUTATION_SEED = 42
 
 

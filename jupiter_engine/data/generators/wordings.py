@@ -30,7 +30,7 @@ class Wording:
     opening: str
     """First words of the assistant's answer, given to the generator; part of the text that is parsed."""
     trained: tuple[str, ...]
-    """What the trained model will be asked, where the answer does not hold the question itself; {title} is filled in."""
+    """What the trained model will be asked, where the answer does not hold its question; {title} is filled in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ class Parsed:
 
 WORDINGS: dict[str, Wording] = {
     "qa": Wording(
-        ask="Text about {title}:\n\n{chunk}\n\nWrite one question about {title} that this text answers, and the answer.",
+        ask="Text about {title}:\n\n{chunk}\n\n"
+        "Write one question about {title} that this text answers, and the answer.",
         opening="Question:",
         trained=(),
     ),

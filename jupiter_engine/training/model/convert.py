@@ -81,9 +81,11 @@ _WANTED = ("general.", "llama.", "tokenizer.")
 
 def _open(source: Path) -> Any:
     try:
-        import gguf  # noqa: PLC0415 - only the machine that converts needs it
+        import gguf
     except ImportError as error:
-        raise ModelInvalid("the package gguf, which reads the base model's file, is not installed", fix="pip install gguf") from error
+        raise ModelInvalid(
+            "the package gguf, which reads the base model's file, is not installed", fix="pip install gguf"
+        ) from error
     try:
         return gguf.GGUFReader(str(source))
     except (ValueError, OSError, KeyError, IndexError) as error:
@@ -126,7 +128,7 @@ def _tensors(
     source: Path, reader: Any, info: ModelInfo, progress: Callable[[int, int, str], None] | None
 ) -> dict[str, np.ndarray]:
     """All tensors as float32 in the Hugging Face layout."""
-    from gguf.quants import dequantize  # noqa: PLC0415 - only the machine that converts needs it
+    from gguf.quants import dequantize
 
     found: dict[str, np.ndarray] = {}
     for done, tensor in enumerate(reader.tensors, 1):
@@ -163,7 +165,7 @@ def _half_split(values: np.ndarray, head_dim: int) -> np.ndarray:
 
 def _write_tokenizer(folder: Path, fields: dict[str, Any], info: ModelInfo) -> None:
     """tokenizer.json and tokenizer_config.json from the GGUF vocabulary, merges and token types."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415 - with gguf
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens: list[str] = list(fields["tokenizer.ggml.tokens"])
     kinds: list[int] = list(fields["tokenizer.ggml.token_type"])
@@ -195,6 +197,4 @@ def _write_tokenizer(folder: Path, fields: dict[str, Any], info: ModelInfo) -> N
         "model_max_length": info.context,
         "chat_template": fields.get("tokenizer.chat_template"),
     }
-    write_atomic(
-        folder / "tokenizer_config.json", msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n"
-    )
+    write_atomic(folder / "tokenizer_config.json", msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n")

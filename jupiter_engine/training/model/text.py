@@ -195,9 +195,7 @@ class TextCodec:
         own = self._id_of(settings.get("eos_token"), None)
         found = dict.fromkeys([*(one for one in listed if isinstance(one, int)), *([] if own is None else [own])])
         if not found:
-            raise ModelInvalid(
-                f"{self.folder} names no end-of-text token", fix="set eos_token_id in its config.json"
-            )
+            raise ModelInvalid(f"{self.folder} names no end-of-text token", fix="set eos_token_id in its config.json")
         return tuple(found)
 
     def _chat_template(self, settings: dict[str, Any]) -> jinja2.Template | None:

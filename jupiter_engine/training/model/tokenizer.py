@@ -90,6 +90,4 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, context: int) -> None
         "model_max_length": context,
         "chat_template": CHAT_TEMPLATE,
     }
-    write_atomic(
-        folder / "tokenizer_config.json", msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n"
-    )
+    write_atomic(folder / "tokenizer_config.json", msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n")

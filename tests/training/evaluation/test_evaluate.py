@@ -169,7 +169,7 @@ def corpus(tmp_path: Path) -> tuple[Path, Path]:
                 answer=0,
                 evidence="thing",
                 **place,  # type: ignore[arg-type]
-            )  # fmt: skip
+            )
         )
     paths = (tmp_path / "chunks.jsonl", tmp_path / "items.jsonl")
     for path, rows in zip(paths, (chunks, items), strict=True):
@@ -290,9 +290,10 @@ def test_a_halt_stops_between_batches_with_everything_done_on_disk(
     tmp_path: Path, corpus: tuple[Path, Path], machine: Machine
 ) -> None:
     made = order(tmp_path, corpus)
-    with closing(start(tmp_path / "run", made)) as context, pytest.raises(Halt):
+    with closing(start(tmp_path / "run", made)) as context:
         (tmp_path / "run" / "inbox" / "halt").touch()
-        evaluate.run(context, made)
+        with pytest.raises(Halt):
+            evaluate.run(context, made)
     assert machine.loads == []
 
 
