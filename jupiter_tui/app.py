@@ -25,20 +25,48 @@ from jupiter_tui.widgets.ink import AsciiOnly
 
 # Okabe and Ito's palette, lightened or darkened for the ground: told apart by colour-blind eyes too.
 DARK = Theme(
-    name="jupiter-dark", primary="#7fb4e6", secondary="#a8b8c8", accent="#56b4e9", success="#35c49a", warning="#e6b422",
-    error="#ee7f4a", background="#10141a", surface="#171d26", panel="#1c2430", foreground="#d6dde6",
+    name="jupiter-dark",
+    primary="#7fb4e6",
+    secondary="#a8b8c8",
+    accent="#56b4e9",
+    success="#35c49a",
+    warning="#e6b422",
+    error="#ee7f4a",
+    background="#10141a",
+    surface="#171d26",
+    panel="#1c2430",
+    foreground="#d6dde6",
     variables={"border-blurred": "#3a4656"},
-)  # fmt: skip
+)
 LIGHT = Theme(
-    name="jupiter-light", primary="#0b5a94", secondary="#4a5866", accent="#0072b2", success="#00724f", warning="#8a6100",
-    error="#b03a00", background="#fbfbf8", surface="#f2f2ec", panel="#e6e8e6", foreground="#1b2026", dark=False,
+    name="jupiter-light",
+    primary="#0b5a94",
+    secondary="#4a5866",
+    accent="#0072b2",
+    success="#00724f",
+    warning="#8a6100",
+    error="#b03a00",
+    background="#fbfbf8",
+    surface="#f2f2ec",
+    panel="#e6e8e6",
+    foreground="#1b2026",
+    dark=False,
     variables={"border-blurred": "#b4bcc4"},
-)  # fmt: skip
+)
 MONO = Theme(
-    name="jupiter-mono", primary="#ffffff", secondary="#c8c8c8", accent="#e8e8e8", success="#e8e8e8", warning="#ffffff",
-    error="#ffffff", background="#000000", surface="#101010", panel="#202020", foreground="#d0d0d0",
+    name="jupiter-mono",
+    primary="#ffffff",
+    secondary="#c8c8c8",
+    accent="#e8e8e8",
+    success="#e8e8e8",
+    warning="#ffffff",
+    error="#ffffff",
+    background="#000000",
+    surface="#101010",
+    panel="#202020",
+    foreground="#d0d0d0",
     variables={"border-blurred": "#606060"},
-)  # fmt: skip
+)
 THEMES = {"dark": DARK.name, "light": LIGHT.name, "mono": MONO.name, "ansi": "ansi-dark", "ansi-light": "ansi-light"}
 
 
@@ -91,7 +119,7 @@ class ConsoleApp(App[JupiterError]):
     def on_pictured(self, message: Pictured) -> None:
         self.desk.picture = message.picture
         front = next((s for s in reversed(self.screen_stack) if isinstance(s, Page)), None)
-        if front is not None and front.is_mounted:
+        if front is not None:
             front.show(message.picture)
 
     def on_broken(self, message: Broken) -> None:
@@ -128,7 +156,7 @@ class ConsoleApp(App[JupiterError]):
         """The palette: every action of the page and of the app that works now."""
         name_of_page = screen.PAGE if isinstance(screen, Page) else ""
         for action in actions.for_page(name_of_page):
-            name, _, argument = action.name.partition("(")
+            name = action.name.partition("(")[0]
             if name == "command_palette":
                 continue
             allowed = screen.check_action(name, ()) is True if action.page != "*" else True

@@ -24,7 +24,7 @@ from textual.message import Message
 from jupiter_engine.errors import ConfigError, JupiterError, StateError
 from jupiter_engine.protocol.journal import ENGINE_STAGES
 from jupiter_engine.protocol.state import CycleState, Notice, State
-from jupiter_engine.units import plain_text
+from jupiter_engine.units import MIB, bytes_text, plain_text
 from jupiter_tui.view.picture import Curve, DomainFile, LogBook, Picture
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ SLOW_POLL_S: Final = 0.5
 ENGINE_LOOK_S: Final = 1.0
 NODE_LOOK_S: Final = 2.0
 FILES_LOOK_S: Final = 1.0
+LOG_OPEN_BYTES: Final = 2 * MIB
+"""Read of a log when it is opened: its end; the rest stays in the file."""
+LOG_STEP_BYTES: Final = 64 * MIB
+"""Read of a log at one look after that: more than any worker writes in a quarter of a second, so no line is lost."""
 
 
 class Pictured(Message):
@@ -356,7 +360,12 @@ class Bridge:
         run, reader = cycle.stages["train"].run, self._reader
         if not run:
             return picture
-        new, offset = workspace.metrics(run, reader.curve_offset)
+        try:
+            new, offset = workspace.metrics(run, reader.curve_offset)
+        except msgspec.DecodeError:
+            # A resumed worker cut the file back and wrote past our place between two looks.
+            new, offset = workspace.metrics(run)
+            picture = replace(picture, curve=Curve())
         if not new and offset == reader.curve_offset and picture.curve.run == run:
             return picture
         begun_anew = offset < reader.curve_offset or picture.curve.run != run
@@ -368,27 +377,37 @@ class Bridge:
 
     def _with_log(self, picture: Picture, workspace: Workspace, cycle: CycleState) -> Picture:
         reader = self._reader
-        run = _logging_run(cycle)
+        run, begun_at = _logging_run(cycle)
+        notices = [n for n in picture.state.notices if n.at > reader.notice_at and n.cycle in (None, cycle.id)]
+        if notices:
+            reader.notice_at = notices[-1].at
         fresh: list[str] = []
         if run and run != reader.log_run:
             if reader.log_run:
                 # What the former run wrote between the last look and its end.
-                fresh += workspace.log(reader.log_run, reader.log_offset)[0]
+                fresh += workspace.log(reader.log_run, reader.log_offset, limit_bytes=LOG_STEP_BYTES)[0]
+            fresh += [notice_text(n) for n in notices if n.at < begun_at]
             fresh.append(f"──── {run} " + "─" * 24)
+            notices = [n for n in notices if n.at >= begun_at]
             reader.log_run, reader.log_offset = run, 0
+            fresh += _skipped(workspace.run_folder(run) / "worker.log")
         if run:
-            lines, reader.log_offset = workspace.log(run, reader.log_offset)
+            limit = LOG_STEP_BYTES if reader.log_offset else LOG_OPEN_BYTES
+            lines, reader.log_offset = workspace.log(run, reader.log_offset, limit_bytes=limit)
             fresh += lines
-        notices = [n for n in picture.state.notices if n.at > reader.notice_at and n.cycle in (None, cycle.id)]
-        if notices:
-            reader.notice_at = notices[-1].at
-            fresh += [notice_text(n) for n in notices]
+        fresh += [notice_text(n) for n in notices]
         if fresh:
             old = picture.log
             book = LogBook(cycle=cycle.id, lines=old.lines, first=old.first, total=old.total)
             book.add(fresh)
             return replace(picture, log=book)
         return picture
+
+
+def _skipped(path: Path) -> list[str]:
+    """What is said of the part of a long log that is not read on opening it."""
+    size = path.stat().st_size if path.exists() else 0
+    return [f"(the first {bytes_text(size - LOG_OPEN_BYTES)} stand in {path})"] if size > LOG_OPEN_BYTES else []
 
 
 def notice_text(notice: Notice) -> str:
@@ -399,10 +418,10 @@ def notice_text(notice: Notice) -> str:
     return f"{time.strftime('%H:%M:%S', time.localtime(notice.at))} jupiter {level}{where}{flat}"
 
 
-def _logging_run(cycle: CycleState) -> str:
-    """The run whose output matters now: the running stage's, else the last one that a worker did."""
-    runs = [s.run for s in cycle.stages.values() if s.run and s.stage not in ENGINE_STAGES]
-    return runs[-1] if runs else ""
+def _logging_run(cycle: CycleState) -> tuple[str, float]:
+    """(the run whose output matters now, when it began): the running stage's, else the last that a worker did."""
+    stages = [s for s in cycle.stages.values() if s.run and s.stage not in ENGINE_STAGES]
+    return (stages[-1].run, stages[-1].started_at or 0.0) if stages else ("", 0.0)
 
 
 def _with_engine(picture: Picture, workspace: Workspace) -> Picture:

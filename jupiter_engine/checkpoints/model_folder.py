@@ -163,8 +163,8 @@ def publish(target: Path) -> Iterator[Path]:
     Yields an empty temporary sibling to write into; when the block ends
     without an error every file gets mode 0644 and is synced, then the sibling
     is renamed to `target` (an older `target` is replaced). After an error, or
-    a kill, `target` is as it was; a killed writer's leftover is removed by the
-    next one.
+    a kill, `target` is as it was (or absent, for a kill between the two renames
+    of a replacement); a killed writer's leftover is removed by the next one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.with_name(f".{target.name}.partial")

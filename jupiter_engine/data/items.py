@@ -53,7 +53,7 @@ def make(
 ) -> tuple[list[Item], ItemReport]:
     """Items of both pools in a deterministic order.
 
-    A vault item that asks what a known item asks, or whose evidence is mostly covered
+    A vault item that asks what train text answers in the same form, or whose evidence is mostly covered
     by train text, is rejected: it would not measure what was never trained upon.
     """
     report = ItemReport()
@@ -77,6 +77,8 @@ def make(
             if item is not None:
                 used[draft.document.id] += 1
                 items.append(item)
+        # Train text answers these, whether or not an item came of it: the vault must not ask them.
+        asked.update((draft.maker, draft.question) for draft in drafts)
     return _uncovered(items, [source.text for source in pools["train"]], report), report
 
 

@@ -161,7 +161,8 @@ class RunContext:
 
     def close(self) -> None:
         """Close the files and release the lock, as the end of the process does; the context is of no use afterwards."""
-        for file in (*self._files.values(), self._events, self._lock):
+        files: list[IO[Any]] = [*self._files.values(), self._events, self._lock]
+        for file in files:
             file.close()
 
     # -- control ---------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from jupiter_engine.protocol.orders import TrainOrder
 from jupiter_engine.protocol.orders import decoder as order_decoder
 from jupiter_engine.training.distributed import reports
 from jupiter_engine.training.loop import PeerFailed
-from jupiter_engine.worker.train import check, train_here
+from jupiter_engine.worker.train import check, finished_before, train_here
 
 _WATCH_S = 1.0
 _LOCK_S = 60.0
@@ -86,6 +86,11 @@ def _train(folder: Path, rank: int, writer: reports.ReportWriter) -> int:
     order = order_decoder.decode((folder / "spec.json").read_bytes())
     if not isinstance(order, TrainOrder):
         raise StateError(f"{folder}/spec.json holds no training order")
+    done = finished_before(folder, order)
+    if done is not None:
+        if rank == 0:
+            writer.write(reports.Done(result=done))
+        return ExitCode.DONE
     lock = _take_lock(folder / "ranks" / "lock") if rank == 0 else None
     reporter = RankReporter(writer, folder, rank)
     training = train_here(check(order, folder), reporter, joined=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,8 @@ class Ending:
 def run(context: RunContext, order: TrainOrder) -> None:
     done = finished_before(context.folder, order)
     if done is not None:
+        # An attempt killed while it tidied up.
+        shutil.rmtree(checkpoint_folder(context.folder), ignore_errors=True)
         context.finish(done)
         return
     context.check_halt()

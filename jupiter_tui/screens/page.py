@@ -9,13 +9,14 @@ from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
+from textual.events import Click
 from textual.screen import Screen
 from textual.widget import Widget
 
 from jupiter_engine.errors import JupiterError
 from jupiter_tui import actions
 from jupiter_tui.screens.desk import Desk
-from jupiter_tui.view.header import alert_line, tabs_line, title_line
+from jupiter_tui.view.header import alert_line, tab_at, tabs_line, title_line
 from jupiter_tui.view.picture import Picture
 from jupiter_tui.view.text import Line, plain
 from jupiter_tui.widgets.lines import Bar
@@ -43,6 +44,7 @@ class Page(Screen[None]):
         super().__init__()
         self.desk = desk
         self._open_actions: tuple[bool, ...] = ()
+        self._ready = False
 
     # -- for subclasses --------------------------------------------------------------------------
     def body(self) -> Iterable[Widget]:
@@ -68,13 +70,17 @@ class Page(Screen[None]):
             yield Bar(id="keys")
 
     def on_mount(self) -> None:
+        self._ready = True
         self.show(self.desk.picture)
+
+    def on_unmount(self) -> None:
+        self._ready = False
 
     def on_screen_resume(self) -> None:
         self.show(self.desk.picture)
 
     def on_resize(self) -> None:
-        self._fit()
+        self.show(self.desk.picture)
 
     def _fit(self) -> None:
         width, height = self.app.size
@@ -85,8 +91,19 @@ class Page(Screen[None]):
         )
         self.query_one("#too-small", Bar).show(lambda w: [[(text[i : i + w], "warn")] for i in range(0, len(text), w)])
 
+    async def on_click(self, event: Click) -> None:
+        """A click on a tab opens its page; everything works by key too."""
+        bar = self.query_one("#tabs", Bar)
+        if event.widget is bar:
+            name = tab_at(self.picture, self.PAGE, bar.size.width, event.x)
+            if name is not None:
+                await self.app.run_action(f"page('{name}')")
+
     def show(self, picture: Picture) -> None:
         """Draw everything; called for each new picture while the page is in front."""
+        if not self._ready:
+            # Textual resumes and resizes a screen before its widgets are there, and pictures come at any time.
+            return
         self._fit()
         self.query_one("#title", Bar).show(lambda w: [title_line(picture, w, read_only=self.desk.read_only)])
         self.query_one("#tabs", Bar).show(lambda w: [tabs_line(picture, self.PAGE, w)])

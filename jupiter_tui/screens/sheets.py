@@ -19,7 +19,7 @@ from jupiter_tui.widgets.lines import Bar, Pane
 R = TypeVar("R")
 
 
-class Sheet(ModalScreen[R]):
+class Sheet(ModalScreen[R | None]):
     """Base: a titled box with lines; escape gives None."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "back", show=False)]

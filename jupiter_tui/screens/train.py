@@ -38,9 +38,9 @@ class TrainPage(Page):
         with Horizontal(id="middle"):
             yield Pane("Samples", id="funnel")
             yield Pane("Step", id="numbers")
-            yield Chart("Loss", lambda m: m.loss, id="loss", empty="begins with the train stage")
+            yield Chart("Loss", lambda m: m.loss, name="loss", empty="begins with the train stage")
             yield Chart(
-                "Tokens/s", lambda m: m.tokens_per_s, id="speed", empty="begins with the train stage", from_zero=True
+                "Tokens/s", lambda m: m.tokens_per_s, name="speed", empty="begins with the train stage", from_zero=True
             )
         yield LogPane(id="log")
 

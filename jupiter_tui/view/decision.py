@@ -18,6 +18,8 @@ VERDICTS: Final = {
     "not_enough_data": ("--", "warn", "NOT ENOUGH DATA: fewer units than the gate's minimum"),
 }
 
+_ROLES: Final = {"primary": "PRIMARY", "guard": "guard", "report": "report"}
+
 
 def passed_words(endpoint: Endpoint) -> Span:
     """passed / failed / undecidable, or `no rule` for an endpoint that is only reported."""
@@ -39,27 +41,48 @@ def _signed(value: float) -> str:
     return f"{value:+.4f}"
 
 
+def endpoint_table(endpoints: Sequence[Endpoint], width: int) -> list[Line]:
+    """One line an endpoint: both values, the interval drawn against its threshold, the outcome."""
+    if not endpoints:
+        return [[("nothing was measured", "dim")]]
+    drawn = max(10, min(48, width - 58))
+    head = pad("endpoint", 13) + pad("role", 9) + pad("candidate", 10) + pad("generator", 10) + pad("worse", drawn - 6)
+    lines: list[Line] = [[(head + "better", "dim")]]
+    for endpoint in endpoints:
+        outcome = passed_words(endpoint)
+        picture = interval_bar(endpoint.low, endpoint.effect, endpoint.high, endpoint.threshold, drawn)
+        lines.append(
+            [
+                (pad(one_line(endpoint.name), 13), "bold"),
+                (pad(_ROLES[endpoint.role], 9), "accent"),
+                (pad(number(endpoint.candidate), 10), "bold"),
+                (pad(number(endpoint.incumbent), 10), ""),
+                (picture if math.isfinite(endpoint.effect) else " " * drawn, outcome[1]),
+                (f" {outcome[0]}", outcome[1]),
+            ]
+        )
+    lines.append([("─ interval  ● effect  | what its lower end must exceed", "dim")])
+    return [cut_line(line, width) for line in lines]
+
+
 def endpoint_lines(endpoint: Endpoint, width: int) -> list[Line]:
     """Name and outcome, both values, the interval drawn, and the sentence."""
-    role = {"primary": "PRIMARY", "guard": "guard", "report": "report"}[endpoint.role]
+    role = _ROLES[endpoint.role]
     lines: list[Line] = [
         [(pad(one_line(endpoint.name), 16), "bold"), (pad(role, 9), "accent"), passed_words(endpoint)],
         [
-            ("  candidate ", "dim"), (number(endpoint.candidate), "bold"),
-            ("   generator ", "dim"), (number(endpoint.incumbent), ""),
+            ("  candidate ", "dim"),
+            (number(endpoint.candidate), "bold"),
+            ("   generator ", "dim"),
+            (number(endpoint.incumbent), ""),
             (f"   {one_line(endpoint.unit)}", "dim"),
         ],
-    ]  # fmt: skip
+    ]
     interval = (
         f"  effect {_signed(endpoint.effect)}  [{_signed(endpoint.low)}, {_signed(endpoint.high)}]"
         f"  needs lower end > {_signed(endpoint.threshold)}"
     )
     lines.append([(interval, "")])
-    if math.isfinite(endpoint.effect):
-        drawn = interval_bar(
-            endpoint.low, endpoint.effect, endpoint.high, endpoint.threshold, max(16, min(60, width - 24))
-        )
-        lines.append([("  worse ", "dim"), (drawn, passed_words(endpoint)[1] or "accent"), (" better", "dim")])
     facts = (
         f"  {endpoint.test}, p {number(endpoint.p_value, 3)}, {endpoint.units} units in {endpoint.clusters} clusters"
     )
@@ -79,17 +102,21 @@ def decision_lines(decision: Decision, width: int) -> list[Line]:
             (one_line(decision.incumbent), "bold"),
         ]
     )
-    look = f"look {decision.look} against this generator, slice {decision.slice}, error budget {decision.alpha:.4g} of {decision.alpha_total:.4g}"
+    look = f"look {decision.look} against this generator, slice {decision.slice},"
+    look += f" error budget {decision.alpha:.4g} of {decision.alpha_total:.4g}"
     lines += [cut_line([(look, "dim")], width), []]
-    for sentence in decision.sentences:
-        lines += wrap(sentence, width)
-    lines += [[], rule("Endpoints", width)]
     order = {"primary": 0, "guard": 1, "report": 2}
-    for endpoint in sorted(decision.endpoints, key=lambda e: order[e.role]):
+    endpoints = sorted(decision.endpoints, key=lambda e: order[e.role])
+    lines += endpoint_table(endpoints, width)
+    lines += [[], rule("In words", width)]
+    told = {endpoint.sentence for endpoint in endpoints}
+    for sentence in decision.sentences:
+        # The endpoints' own sentences stand with their numbers below.
+        if sentence not in told:
+            lines += wrap(sentence, width)
+    lines += [[], rule("Endpoints", width)]
+    for endpoint in endpoints:
         lines += endpoint_lines(endpoint, width)
-    if not decision.endpoints:
-        lines.append([("nothing was measured", "dim")])
-    lines += [rule("Legend", width), [("─ interval  ● effect  | what the lower end must exceed", "dim")], []]
     lines += example_lines(decision.examples, width)
     return [cut_line(line, width) for line in lines]
 
@@ -126,9 +153,11 @@ def lineage_lines(generators: Sequence[GeneratorState], width: int, cursor: int 
         when = day_and_clock(generator.registered_at)
         looks = f"  {generator.looks} looks" if generator.looks else ""
         line: Line = [
-            ("> " if chosen else "  ", "accent"), (pad(sign[0], 10), sign[1]),
-            (pad(one_line(generator.name), 24), "cursor" if chosen else "bold"), (f" {pad(one_line(how), 24)} {when}{looks}", "dim"),
-        ]  # fmt: skip
+            ("> " if chosen else "  ", "accent"),
+            (pad(sign[0], 10), sign[1]),
+            (pad(one_line(generator.name), 24), "cursor" if chosen else "bold"),
+            (f" {pad(one_line(how), 18)} {when}{looks}", "dim"),
+        ]
         lines.append(cut_line(line, width))
     return lines
 

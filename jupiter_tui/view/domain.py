@@ -54,7 +54,8 @@ def source_lines(sources: Any) -> list[Line]:
     for source in sources:
         where = source.get("path") or ", ".join(source.get("parts", ()))
         limit = f", at most {bytes_text(source['max_bytes'])}" if source.get("max_bytes") else ""
-        about = f"{source.get('type')}: {where}{limit}, licence {source.get('license')}, weight {number(source.get('weight'))}"
+        about = f"{source.get('type')}: {where}{limit}"
+        about += f", licence {source.get('license')}, weight {number(source.get('weight'))}"
         lines.append([(pad(one_line(str(source.get("id", ""))), 16), "bold"), (one_line(about), "")])
     return lines
 
@@ -63,15 +64,19 @@ def plan_lines(settings: dict[str, Any], last: CycleState | None) -> list[Line]:
     """What a cycle will do in numbers, and how long the last one took."""
     generation, recipe = settings.get("generation", {}), settings.get("training", {})
     tokens = recipe.get("steps", 0) * recipe.get("batch_sequences", 0) * recipe.get("sequence_tokens", 0)
+    batch = f"{recipe.get('batch_sequences')} x {recipe.get('sequence_tokens')}"
     mix = settings.get("mix", {})
     review = settings.get("review", {})
     rows = [
         ("generate", f"{generation.get('samples')} samples, up to {generation.get('max_new_tokens')} tokens each"),
         ("review", _review_words(review)),
-        ("train", f"{recipe.get('steps')} steps of {recipe.get('batch_sequences')} x {recipe.get('sequence_tokens')} tokens = {count_text(tokens)} tokens"),
+        (
+            "train",
+            f"{recipe.get('steps')} steps of {batch} tokens = {count_text(tokens)} tokens",
+        ),
         ("start from", str(recipe.get("start"))),
         ("mix", ", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in mix.items())),
-    ]  # fmt: skip
+    ]
     if last is not None and last.ended_at is not None:
         rows.append(("last cycle", f"took {duration_text(last.ended_at - last.created_at)} here"))
         speed = result_of(last, "train", "tokens_per_s")

@@ -17,11 +17,19 @@ def node_lines(picture: Picture, width: int) -> list[Line]:
     gauge = max(10, min(30, width - 52))
     memory = node.memory_used_bytes / max(1, node.memory_total_bytes)
     rows: list[Line] = [
-        [("cpu     ", "dim"), (bar(node.cpu_percent / 100, gauge), "accent"), (f" {node.cpu_percent:3.0f}%", "bold"),
-         (f"  load {node.load_1m:.2f} on {node.cores} cores", "")],
-        [("memory  ", "dim"), (bar(memory, gauge), "accent"), (f" {memory:4.0%}", "bold"),
-         (f"  {bytes_text(node.memory_used_bytes)} of {bytes_text(node.memory_total_bytes)}", "")],
-    ]  # fmt: skip
+        [
+            ("cpu     ", "dim"),
+            (bar(node.cpu_percent / 100, gauge), "accent"),
+            (f" {node.cpu_percent:3.0f}%", "bold"),
+            (f"  load {node.load_1m:.2f} on {node.cores} cores", ""),
+        ],
+        [
+            ("memory  ", "dim"),
+            (bar(memory, gauge), "accent"),
+            (f" {memory:4.0%}", "bold"),
+            (f"  {bytes_text(node.memory_used_bytes)} of {bytes_text(node.memory_total_bytes)}", ""),
+        ],
+    ]
     facts = pairs(
         [
             ("host", node.host),
@@ -88,9 +96,13 @@ def cluster_lines(picture: Picture, width: int) -> list[Line]:
         name = one_line(str(node.get("name") or host))
         used = bool(node.get("local"))
         lines.append(
-            [mark("ok" if used else "none"), (f" {pad(name, 18)}", "bold"), (f"{pad(host, 20)} {pad(node.get('role', ''), 10)} ", ""),
-             ("this machine" if used else "not used by this version", "dim" if used else "warn")]
-        )  # fmt: skip
+            [
+                mark("ok" if used else "none"),
+                (f" {pad(name, 18)}", "bold"),
+                (f"{pad(host, 20)} {pad(node.get('role', ''), 10)} ", ""),
+                ("this machine" if used else "not used by this version", "dim" if used else "warn"),
+            ]
+        )
     others = {
         k: v
         for k, v in (picture.cluster or {}).items()

@@ -103,6 +103,17 @@ def tabs_line(picture: Picture, current: str, width: int) -> Line:
     return cut_line(line, width)
 
 
+def tab_at(picture: Picture, current: str, width: int, x: int) -> str | None:
+    """The page whose tab stands at column `x`, None between and beside the tabs."""
+    at = 1
+    for text, _ in tabs_line(picture, current, width)[1 : len(PAGES) + 1]:
+        if at <= x < at + len(text):
+            number = text.strip(" [")[:1]
+            return PAGES[int(number) - 1][0] if number.isdigit() else None
+        at += len(text)
+    return None
+
+
 def alerts(picture: Picture) -> list[tuple[str, str]]:
     """(mark, sentence), most urgent first: `bad` wants repair, `warn` wants an answer or a look."""
     found: list[tuple[str, str]] = []

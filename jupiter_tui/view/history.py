@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from jupiter_engine.protocol.journal import STAGES
 from jupiter_engine.protocol.state import CycleState, State
 from jupiter_engine.units import duration_text
@@ -40,28 +42,18 @@ def primary_effect(cycle: CycleState) -> str:
     return "-" if primary is None else f"{primary.name} {primary.effect:+.3f}"
 
 
-HEADING: Line = [
-    (
-        "     "
-        + pad("cycle", 18)
-        + pad("state", 24)
-        + pad("begun", 18)
-        + pad("took", 9)
-        + pad("loss", 15)
-        + "measured",
-        "dim",
-    )
-]
+_COLUMNS: Final = (("cycle", 16), ("state", 23), ("took", 8), ("loss", 14), ("measured", 18), ("begun", 17))
+HEADING: Final[Line] = [("     " + "".join(pad(name, width) for name, width in _COLUMNS), "dim")]
 
 
 def cycle_row(cycle: CycleState, width: int, now: float, *, chosen: bool) -> Line:
-    """One line: mark, id, state, begun, took, loss, effect."""
+    """One line: mark, id, state, took, loss, effect, begun."""
     took = duration_text((cycle.ended_at or now) - cycle.created_at)
-    line: Line = [
-        ("> " if chosen else "  ", "accent"), cycle_sign(cycle), (" ", ""),
-        (pad(cycle.id, 18), "cursor" if chosen else "bold"), (pad(cycle_state_words(cycle), 24), ""),
-        (pad(day_and_clock(cycle.created_at), 18) + pad(took, 9) + pad(_loss(cycle), 15) + primary_effect(cycle), "dim"),
-    ]  # fmt: skip
+    begun = day_and_clock(cycle.created_at)
+    values = (cycle.id, cycle_state_words(cycle), took, _loss(cycle), primary_effect(cycle), begun)
+    cells = [pad(value, size - 1) + " " for value, (_, size) in zip(values, _COLUMNS, strict=True)]
+    line: Line = [("> " if chosen else "  ", "accent"), cycle_sign(cycle), (" ", "")]
+    line += [(cells[0], "cursor" if chosen else "bold"), (cells[1], ""), ("".join(cells[2:]), "dim")]
     return cut_line(line, width)
 
 

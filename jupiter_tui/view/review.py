@@ -45,7 +45,8 @@ def score_line(scores: dict[str, float], width: int) -> Line:
 def sample_lines(sample: SampleView, width: int) -> list[Line]:
     """Status, facts, prompt and response."""
     row = sample.sample
-    facts = f"{row.id[:12]}  template {row.template} ({row.type})  by {row.generator}  {row.new_tokens} tokens, {row.finish}"
+    facts = f"{row.id[:12]}  template {row.template} ({row.type})  by {row.generator}"
+    facts += f"  {row.new_tokens} tokens, {row.finish}"
     lines: list[Line] = [
         status_words(sample),
         cut_line([(one_line(facts), "dim")], width),

@@ -44,7 +44,7 @@ def _ascii_cell(character: str) -> str:
 
 
 def to_ascii(text: str) -> str:
-    """Glyphs of the console itself transliterated one for one, so every width stays; other letters are data and stay."""
+    """Glyphs of the console transliterated one for one, so every width stays; other letters are data and stay."""
     if text.isascii():
         return text
     return "".join(map(_ascii_cell, text.translate(_ASCII)))

@@ -63,8 +63,9 @@ def progress_line(picture: Picture, width: int) -> Line:
         line += [("working, no count yet", "dim")]
     else:
         line += [(bar(share, max(8, min(30, width // 5))), "accent"), (f" {share:4.0%} ", "bold")]
-        line += [(f" {number(progress.done)}/{number(progress.total)} {one_line(progress.unit)}", "")]
-        if progress.rate_per_s:
+        if progress.unit != "percent":
+            line += [(f" {number(progress.done)}/{number(progress.total)} {one_line(progress.unit)}", "")]
+        if progress.rate_per_s and progress.unit != "percent":
             line += [(f"  {number(progress.rate_per_s, 3)}/s", "")]
         line += [(f"  ETA {duration_text(progress.eta_s)}", "bold")]
     if stage.started_at is not None:

@@ -15,9 +15,9 @@ class Chart(Bar):
     """One number of every optimizer step, over the steps."""
 
     def __init__(
-        self, title: str, value: Callable[[Metric], float], *, id: str, empty: str, from_zero: bool = False
-    ) -> None:  # noqa: A002 - Textual's own name
-        super().__init__(id=id)
+        self, title: str, value: Callable[[Metric], float], *, name: str, empty: str, from_zero: bool = False
+    ) -> None:
+        super().__init__(id=name)
         self._title = title
         self._value = value
         self._empty = empty

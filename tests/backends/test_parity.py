@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jupiter_engine.checkpoints.store import CheckpointStore
-from tests.training.nano import IDENTITY, Listener, recipe, train
+from tests.training.nano import Listener, recipe, train
 
 FLOAT32_TOLERANCE = 2e-4
 """Nats, on every step's loss, with float32 products: what rounding alone leaves after 20 steps."""
@@ -16,9 +16,7 @@ BFLOAT16_TOLERANCE = 2e-2
 """Nats, with bfloat16 products, which each framework rounds at other places."""
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", FLOAT32_TOLERANCE), ("bfloat16", BFLOAT16_TOLERANCE)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", FLOAT32_TOLERANCE), ("bfloat16", BFLOAT16_TOLERANCE)])
 def test_the_twins_follow_the_same_loss_curve(dtype: str, tolerance: float, tmp_path: Path) -> None:
     wanted = recipe(steps=20, compute_dtype=dtype, micro_batch_sequences=3, checkpoint_every_steps=50)
     torch_side, mlx_side = Listener(), Listener()
@@ -45,6 +43,3 @@ def test_a_checkpoint_of_one_twin_goes_on_in_the_other(tmp_path: Path) -> None:
     expected = np.array([metric.loss for metric in whole.metrics])
     assert len(second.metrics) == 6
     assert float(np.abs(mixed - expected).max()) < FLOAT32_TOLERANCE
-    assert IDENTITY == CheckpointStore(tmp_path / "moved" / "checkpoints", keep=2)._read(  # noqa: SLF001
-        tmp_path / "moved" / "checkpoints" / "step-00000006", IDENTITY
-    ).identity

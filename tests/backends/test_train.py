@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +63,7 @@ def test_micro_batches_add_up_to_the_gradient_of_one_big_batch(twin: Twin, cuts:
     loss, expected = reference(batch())
     trainer = open_trainer(twin, plain())
     counted = int(batch().counted.sum())
-    parts = [
-        trainer.accumulate(batch(slice(a, b)), 1.0 / counted) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
+    parts = [trainer.accumulate(batch(slice(a, b)), 1.0 / counted) for a, b in pairwise(cuts)]
     assert sum(parts) == pytest.approx(loss, rel=1e-5)
     norm = np.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in expected.values())) / counted
     assert trainer.reduce() == pytest.approx(norm, rel=1e-4)
@@ -92,12 +91,18 @@ def test_a_document_does_not_see_the_one_before_it(twin: Twin) -> None:
         counted=first.counted & (first.segments == 1),
     )
     only_second = Batch(
-        tokens=first.tokens, targets=first.targets, segments=first.segments, counted=first.counted & (first.segments == 1)
+        tokens=first.tokens,
+        targets=first.targets,
+        segments=first.segments,
+        counted=first.counted & (first.segments == 1),
     )
     trainer = open_trainer(twin, plain())
     assert trainer.accumulate(changed, 1.0) == pytest.approx(trainer.accumulate(only_second, 1.0), rel=1e-6)
     joined = Batch(
-        tokens=changed.tokens, targets=first.targets, segments=np.zeros_like(first.segments), counted=only_second.counted
+        tokens=changed.tokens,
+        targets=first.targets,
+        segments=np.zeros_like(first.segments),
+        counted=only_second.counted,
     )
     assert abs(trainer.accumulate(joined, 1.0) - trainer.accumulate(only_second, 1.0)) > 0.1
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from jupiter_engine.checkpoints import store as store_module
 from jupiter_engine.checkpoints.state import TrainerState
 from jupiter_engine.checkpoints.store import Checkpoint, CheckpointStore, Identity, World
-from jupiter_engine.checkpoints.tensors import FileRecord, file_bytes, read_arrays, write_arrays
+from jupiter_engine.checkpoints.tensors import Array, FileRecord, file_bytes, read_arrays, write_arrays
 from jupiter_engine.errors import DiskFull, StateError
 from jupiter_engine.files import sha256_file
 
@@ -122,7 +122,11 @@ def test_a_damaged_manifest_counts_as_damage_and_the_run_starts_over_if_it_is_th
 
 @pytest.mark.parametrize(
     ("field", "words"),
-    [("recipe_sha256", "another recipe"), ("snapshot_sha256", "another data snapshot"), ("start_sha256", "start model")],
+    [
+        ("recipe_sha256", "another recipe"),
+        ("snapshot_sha256", "another data snapshot"),
+        ("start_sha256", "start model"),
+    ],
 )
 def test_a_state_of_another_run_is_refused(tmp_path: Path, field: str, words: str) -> None:
     opened(tmp_path).write(checkpoint(5))
@@ -167,7 +171,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_earlier_state(
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jupiter_engine.files.shutil.disk_usage", lambda _: os.terminal_size((0, 0)) and _Usage())
+    monkeypatch.setattr("jupiter_engine.files.shutil.disk_usage", lambda _: _Usage)
     with pytest.raises(DiskFull, match=r"the checkpoint of step 5 needs 64\.0 MiB .* 1\.0 MiB are free"):
         opened(tmp_path).write(checkpoint(5))
     assert list(tmp_path.iterdir()) == []
@@ -187,7 +191,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_arrays_are_plain_safetensors_with_the_stated_hash(tmp_path: Path) -> None:
-    arrays = {
+    arrays: dict[str, Array] = {
         "a": np.arange(12, dtype=np.float32).reshape(3, 4),
         "empty": np.zeros((0, 4), dtype=np.float32),
         "scalar": np.array(7, dtype=np.int64),

@@ -29,7 +29,8 @@ def topic_page(number: int, functions: int = 6) -> str:
         first, second = f"p{tag}", f"{rng.choice(_NOUNS)}_size"
         parts.append(
             f"## {name}.f{tag}{index}({first}, {second}={rng.randrange(2, 99)}{', mode=None' * (index % 2)})\n\n"
-            f"The caller {verb} one {noun} {rng.choice(_HOWS)} near the {rng.choice(_PLACES)} of {words_of(tag, 3)}.\n\n"
+            f"The caller {verb} one {noun} {rng.choice(_HOWS)} near the {rng.choice(_PLACES)} "
+            f"of {words_of(tag, 3)}.\n\n"
             f"{first} -- the {noun} that is taken from {words_of(tag + 'x', 4)}\n"
             f"{second} -- how much of it is kept for {words_of(tag + 'y', 4)}\n\n"
             f"{words_of(tag + 'z', 40)}.\n"

@@ -70,7 +70,7 @@ def test_clean_text_passes_unchanged() -> None:
 
 
 def test_a_missing_path_names_the_source_and_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="source here: .*nowhere does not exist") as caught:
+    with pytest.raises(ConfigError, match=r"source here: .*nowhere does not exist") as caught:
         files.find(spec(tmp_path / "nowhere"))
     assert caught.value.fix
 
@@ -97,7 +97,11 @@ def test_max_bytes_keeps_whole_documents_the_same_each_time(tmp_path: Path) -> N
 
 
 def test_keywords_keep_whole_words_only_and_negative_keywords_remove(tmp_path: Path) -> None:
-    for name, text in {"a": "The unity of all things. ", "b": "Our community is large. ", "c": "Unity, but spam. "}.items():
+    for name, text in {
+        "a": "The unity of all things. ",
+        "b": "Our community is large. ",
+        "c": "Unity, but spam. ",
+    }.items():
         (tmp_path / f"{name}.md").write_text(text * 10, "utf-8")
     documents, reports = sources.collect([spec(tmp_path)], keywords=("unity",), negative_keywords=("SPAM",))
     assert [d.title for d in documents] == ["a"]

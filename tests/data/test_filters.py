@@ -16,7 +16,9 @@ CHUNK = (
 GOOD = "It collapses the whitespace of the text and drops words from the end until the rest fits within the width."
 
 
-def reason(response: str, *, kind: str = "qa", prompt: str = "What does shorten do?", spec: FilterSpec | None = None) -> str:
+def reason(
+    response: str, *, kind: str = "qa", prompt: str = "What does shorten do?", spec: FilterSpec | None = None
+) -> str:
     return usable(kind, prompt, response, CHUNK, spec or FilterSpec())[1]
 
 
@@ -56,9 +58,18 @@ def test_a_question_without_its_form_is_empty() -> None:
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("```python\nimport textwrap\ntext = 'collapse the words of a text'\nprint(textwrap.shorten(text, width=12))\n```", "ok"),
-        ("```python\nimport textwrap\nprint(textwrap.shorten(text, width=12\ntext words width fit end text drop\n```", chain.NOT_PYTHON),
-        ("```javascript\nconst text = shorten(words, width, text, placeholder, given, result, end)\n```", chain.NOT_PYTHON),
+        (
+            "```python\nimport textwrap\ntext = 'the words of a text'\nprint(textwrap.shorten(text, width=12))\n```",
+            "ok",
+        ),
+        (
+            "```python\nimport textwrap\nprint(textwrap.shorten(text, width=12\ntext words width fit end drop\n```",
+            chain.NOT_PYTHON,
+        ),
+        (
+            "```javascript\nconst text = shorten(words, width, text, placeholder, given, end, first, rest, fit)\n```",
+            chain.NOT_PYTHON,
+        ),
         (GOOD, chain.NOT_PYTHON),
         ("```\n# text width words only a comment that says nothing at all but text\n```", chain.NOT_PYTHON),
     ],
@@ -73,7 +84,9 @@ def test_an_interactive_session_parses_without_its_output() -> None:
 
 def test_repetition_is_a_share_of_words() -> None:
     assert rules.repetition("one two three four one two three four") == 1.0
-    assert rules.repetition("one two three four five six seven eight nine ten one two three four") == pytest.approx(8 / 14)
+    assert rules.repetition("one two three four five six seven eight nine ten one two three four") == pytest.approx(
+        8 / 14
+    )
 
 
 def test_grounding_sees_through_plural_and_verb_endings() -> None:
@@ -134,7 +147,11 @@ def test_the_near_duplicate_estimate_agrees_with_exact_jaccard() -> None:
 def test_the_chain_keeps_the_first_of_two_and_knows_earlier_cycles() -> None:
     earlier = sample("old", prompt="How long may the shortened text become at most?", response=GOOD + " So it fits.")
     judge = FilterChain(FilterSpec(), [], [], [earlier])
-    first, again, old = sample("a", response=GOOD), sample("b", response=GOOD), sample("c", prompt=earlier.prompt, response=earlier.response)
+    first, again, old = (
+        sample("a", response=GOOD),
+        sample("b", response=GOOD),
+        sample("c", prompt=earlier.prompt, response=earlier.response),
+    )
     verdicts = [judge.judge(one, CHUNK) for one in (first, again, old)]
     assert [v.reason for v in verdicts] == ["ok", chain.EXACT, chain.EXACT]
     assert [v.accepted for v in verdicts] == [True, False, False]
@@ -144,7 +161,7 @@ def test_the_chain_keeps_the_first_of_two_and_knows_earlier_cycles() -> None:
 def test_a_rejected_sample_does_not_block_a_later_one() -> None:
     judge = FilterChain(FilterSpec(min_grounding=0.9), [], [])
     assert judge.judge(sample("a", response=GOOD), "something else").reason == chain.UNGROUNDED
-    assert judge.judge(sample("b", response=GOOD), GOOD + " whatever it may be").accepted
+    assert judge.judge(sample("b", response=GOOD), " ".join(reversed(GOOD.split()))).accepted
 
 
 def test_contamination_is_judged_in_the_chain() -> None:

@@ -92,20 +92,30 @@ def test_neither_the_position_nor_the_length_gives_the_answer_away() -> None:
     assert max(positions.values()) < 0.35 * len(found)
     lengths = [[len(option) for option in item.options] for item in found]
     longest = sum(
-        size[item.answer] > max(size[:item.answer] + size[item.answer + 1 :]) for item, size in zip(found, lengths, strict=True)
+        size[item.answer] > max(size[: item.answer] + size[item.answer + 1 :])
+        for item, size in zip(found, lengths, strict=True)
     )
     assert longest < 0.35 * len(found)
 
 
 def test_all_kinds_of_statement_are_used() -> None:
     found, _ = made()
-    assert {item.maker for item in found} >= {"purpose", "signature", "summary", "default", "module", "option", "parameter"}
+    assert {item.maker for item in found} >= {
+        "purpose",
+        "signature",
+        "summary",
+        "default",
+        "module",
+        "option",
+        "parameter",
+    }
 
 
 def test_an_option_that_is_also_right_is_never_offered() -> None:
     pages = []
     for n in range(8):
-        body = f"# box{n}\n\nText of box {n}.\n\n## box{n}.shared(value{n}, other)\n\nReturns what was put inside it last.\n"
+        body = f"# box{n}\n\nText of box {n}.\n\n"
+        body += f"## box{n}.shared(value{n}, other)\n\nReturns what was put inside it last.\n"
         body += "".join(f"\n## box{n}.only{n}{k}(arg{k})\n\nDoes a thing for the number {n} {k}.\n" for k in range(4))
         pages.append(source(f"box{n}", body))
     found, _ = items.make(pages, seed=1)
@@ -122,7 +132,10 @@ def test_a_vault_item_that_train_text_answers_is_rejected() -> None:
 
 
 def test_a_page_entry_gives_name_signature_summary_and_parameters() -> None:
-    text = "# m\n\n## m.cut(text, width=70, *, mark='...')\n\nCut it short at a word. More.\n\nwidth -- the longest line wanted\n"
+    text = (
+        "# m\n\n## m.cut(text, width=70, *, mark='...')\n\n"
+        "Cut it short at a word. More.\n\nwidth -- the longest line wanted\n"
+    )
     (entry,) = knowledge.callables(text, "docs", "m")
     assert (entry.qualified, entry.params, entry.summary) == (
         "m.cut",
@@ -153,7 +166,10 @@ def test_code_entries_carry_their_class_and_skip_inner_and_private_functions() -
 
 
 def test_a_gap_is_made_for_a_quoted_term_that_stands_once() -> None:
-    text = 'The "yield" expression is used when defining a generator function here.\n\nThe "if" and "if" stand twice in this one sentence.\n'
+    text = (
+        'The "yield" expression is used when defining a generator function here.\n\n'
+        'The "if" and "if" stand twice in this one sentence.\n'
+    )
     (cloze,) = knowledge.clozes(text)
     assert cloze.term == "yield"
     assert text[cloze.start : cloze.end] == cloze.sentence

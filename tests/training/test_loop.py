@@ -15,7 +15,7 @@ import pytest
 
 from jupiter_engine.checkpoints.state import TrainerState
 from jupiter_engine.checkpoints.store import CheckpointStore
-from jupiter_engine.errors import Diverged, DiskFull, StateError
+from jupiter_engine.errors import DiskFull, Diverged, StateError
 from jupiter_engine.protocol.specs import Recipe
 from jupiter_engine.training.loop import Batch, Outcome, PeerFailed, Training, TrainingData, recipe_sha256
 from tests.training.nano import IDENTITY, INFO, WORLD, Listener, data, recipe

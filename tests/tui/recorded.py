@@ -127,9 +127,16 @@ class Recorder:
 
     def collect(self) -> None:
         chunk = Chunk(
-            id=f"chunk-{self.number}", document="doc-1", ordinal=3, title="The assert statement", kind="docs", split="train",
-            slice=-1, cluster="c1", text="Assert statements are a convenient way to insert debugging assertions.\n\n    assert x > 0",
-        )  # fmt: skip
+            id=f"chunk-{self.number}",
+            document="doc-1",
+            ordinal=3,
+            title="The assert statement",
+            kind="docs",
+            split="train",
+            slice=-1,
+            cluster="c1",
+            text="Assert statements are a convenient way to insert debugging assertions.\n\n    assert x > 0",
+        )
         self.stage("collect")
         self.rows("chunks", "collect", [chunk], {"docs": 1})
         result = {"documents": 2513, "chunks": 8120, "items": 940, "bytes": 5_976_884, "reused": self.number > 1}
@@ -139,13 +146,24 @@ class Recorder:
         self.stage("generate", log="loading the generator\ngenerating\n")
         samples: list[Row] = [
             Sample(
-                id=f"s{self.number}-{i:02d}-abcdef", template="qa", type="qa", prompt=f"Question {i}: what does assert do?",
-                response=f"Answer {i}: it inserts debugging assertions [bold]not markup[/bold].", chunk=f"chunk-{self.number}",
-                document="doc-1", generator="base", generator_sha256="b" * 64, request_sha256=f"{i}", seed=i, prompt_tokens=200,
-                new_tokens=40 + i, finish="stop", cycle=self.number,
+                id=f"s{self.number}-{i:02d}-abcdef",
+                template="qa",
+                type="qa",
+                prompt=f"Question {i}: what does assert do?",
+                response=f"Answer {i}: it inserts debugging assertions [bold]not markup[/bold].",
+                chunk=f"chunk-{self.number}",
+                document="doc-1",
+                generator="base",
+                generator_sha256="b" * 64,
+                request_sha256=f"{i}",
+                seed=i,
+                prompt_tokens=200,
+                new_tokens=40 + i,
+                finish="stop",
+                cycle=self.number,
             )
             for i in range(1, SAMPLES + 1)
-        ]  # fmt: skip
+        ]
         self.rows("samples", "generate", samples, {"qa": SAMPLES})
         result = {"samples": SAMPLES, "new_tokens": 600, "tokens_per_s": 150.0}
         self.db.append(j.StageFinished(cycle=self.cycle, stage="generate", run=self.run("generate"), result=result))
@@ -174,7 +192,14 @@ class Recorder:
         self.progress("train", steps, 60, "steps")
         if done:
             model = {"name": f"python-{self.number:04d}", "folder": str(self.root / "candidate"), "sha256": "c" * 64}
-            result = {"model": model, "steps": steps, "tokens": 120_000, "first_loss": 3.1, "last_loss": 2.35, "tokens_per_s": 377.0}
+            result = {
+                "model": model,
+                "steps": steps,
+                "tokens": 120_000,
+                "first_loss": 3.1,
+                "last_loss": 2.35,
+                "tokens_per_s": 377.0,
+            }
             self.db.append(j.StageFinished(cycle=self.cycle, stage="train", run=self.run("train"), result=result))
 
     def measure(self, verdict: Literal["promote", "worse", "inconclusive"] = "promote") -> None:
@@ -231,11 +256,18 @@ def loss_at(step: int) -> float:
 def write_metrics(folder: Path, steps: int) -> None:
     metrics = [
         Metric(
-            step=i, tokens=2048 * i, loss=loss_at(i), learning_rate=1e-4, grad_norm=0.8, tokens_per_s=370.0 + i % 7, seconds=5.4,
-            at=time.time(), rank_seconds=(5.4,),
+            step=i,
+            tokens=2048 * i,
+            loss=loss_at(i),
+            learning_rate=1e-4,
+            grad_norm=0.8,
+            tokens_per_s=370.0 + i % 7,
+            seconds=5.4,
+            at=time.time(),
+            rank_seconds=(5.4,),
         )
         for i in range(1, steps + 1)
-    ]  # fmt: skip
+    ]
     (folder / "metrics.jsonl").write_bytes(b"".join(msgspec.json.encode(m) + b"\n" for m in metrics))
 
 
@@ -244,16 +276,36 @@ def decision_of(candidate: str, verdict: Literal["promote", "worse", "inconclusi
         name: str, role: Literal["primary", "guard", "report"], effect: float, *, passed: bool | None
     ) -> Endpoint:
         return Endpoint(
-            name=name, role=role, unit="bits per byte" if "bpb" in name else "accuracy", candidate=0.785, incumbent=0.785 + effect,
-            effect=effect, low=effect - 0.02, high=effect + 0.02, threshold=0.0 if role == "primary" else -0.05, alpha=0.025,
-            p_value=0.001, test="paired cluster bootstrap", units=90, clusters=41, mde=0.012, passed=passed,
+            name=name,
+            role=role,
+            unit="bits per byte" if "bpb" in name else "accuracy",
+            candidate=0.785,
+            incumbent=0.785 + effect,
+            effect=effect,
+            low=effect - 0.02,
+            high=effect + 0.02,
+            threshold=0.0 if role == "primary" else -0.05,
+            alpha=0.025,
+            p_value=0.001,
+            test="paired cluster bootstrap",
+            units=90,
+            clusters=41,
+            mde=0.012,
+            passed=passed,
             sentence=f"{name} was measured on 90 units.",
-        )  # fmt: skip
+        )
 
     good = verdict == "promote"
     return Decision(
-        verdict=verdict, candidate=candidate, candidate_sha256="c" * 64, incumbent="base", incumbent_sha256="b" * 64, look=1,
-        slice=0, alpha=0.025, alpha_total=0.05,
+        verdict=verdict,
+        candidate=candidate,
+        candidate_sha256="c" * 64,
+        incumbent="base",
+        incumbent_sha256="b" * 64,
+        look=1,
+        slice=0,
+        alpha=0.025,
+        alpha_total=0.05,
         endpoints=(
             endpoint("vault_bpb", "primary", 0.178 if good else -0.05, passed=good),
             endpoint("mcq_known", "guard", 0.01, passed=True),
@@ -261,12 +313,29 @@ def decision_of(candidate: str, verdict: Literal["promote", "worse", "inconclusi
             endpoint("mcq_vault", "report", 0.0, passed=None),
         ),
         examples=(
-            Example(task="mcq_known", question="What does assert do?", right="B", candidate="B", incumbent="C", winner="candidate"),
-            Example(task="mcq_vault", question="What does yield return?", right="A", candidate="D", incumbent="A", winner="incumbent"),
+            Example(
+                task="mcq_known",
+                question="What does assert do?",
+                right="B",
+                candidate="B",
+                incumbent="C",
+                winner="candidate",
+            ),
+            Example(
+                task="mcq_vault",
+                question="What does yield return?",
+                right="A",
+                candidate="D",
+                incumbent="A",
+                winner="incumbent",
+            ),
         ),
         sentences=("The candidate compresses held-out text better.", "Every guard that could be decided holds."),
-        seed=1, versions={"jupiter": "0"}, items_sha256="1" * 64, scores_sha256="2" * 64,
-    )  # fmt: skip
+        seed=1,
+        versions={"jupiter": "0"},
+        items_sha256="1" * 64,
+        scores_sha256="2" * 64,
+    )
 
 
 def record(root: Path, until: Until, *, verdict: Literal["promote", "worse", "inconclusive"] = "promote") -> Path:
@@ -285,9 +354,14 @@ def record(root: Path, until: Until, *, verdict: Literal["promote", "worse", "in
             recorder.train(steps=40 if until in ("train", "failed") else 60, done=until == "decision")
         if until == "failed":
             failure = j.StageFailed(
-                cycle=recorder.cycle, stage="train", run=recorder.run("train"), kind="Diverged", title="Training diverged",
-                detail="the loss is not finite at step 41", fix="lower training.optimizer.learning_rate",
-            )  # fmt: skip
+                cycle=recorder.cycle,
+                stage="train",
+                run=recorder.run("train"),
+                kind="Diverged",
+                title="Training diverged",
+                detail="the loss is not finite at step 41",
+                fix="lower training.optimizer.learning_rate",
+            )
             recorder.db.append(failure)
         if until == "decision":
             recorder.measure(verdict)

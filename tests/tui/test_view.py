@@ -126,7 +126,15 @@ def test_a_hundred_thousand_points_are_drawn_in_time() -> None:
 def test_a_resumed_run_overwrites_the_steps_it_repeats() -> None:
     def metric(step: int, loss: float) -> Metric:
         return Metric(
-            step=step, tokens=1, loss=loss, learning_rate=1, grad_norm=1, tokens_per_s=1, seconds=1, at=0.0, rank_seconds=()
+            step=step,
+            tokens=1,
+            loss=loss,
+            learning_rate=1,
+            grad_norm=1,
+            tokens_per_s=1,
+            seconds=1,
+            at=0.0,
+            rank_seconds=(),
         )
 
     curve = Curve()
@@ -200,7 +208,14 @@ def test_the_progress_line_says_what_a_resting_cycle_waits_for(tmp_path: Path) -
 # -- decision ------------------------------------------------------------------------------------------
 def test_every_endpoint_is_shown_with_its_outcome_in_words() -> None:
     shown = text.plain_lines(decision.decision_lines(decision_of("python-0002", "promote"), 100))
-    for part in ("vault_bpb", "ok passed", "-- undecidable", "-- no rule", "effect +0.1780  [+0.1580, +0.1980]", "1 won, 1 lost"):
+    for part in (
+        "vault_bpb",
+        "ok passed",
+        "-- undecidable",
+        "-- no rule",
+        "effect +0.1780  [+0.1580, +0.1980]",
+        "1 won, 1 lost",
+    ):
         assert part in shown
     assert shown.index("PRIMARY") < shown.index("mcq_known")
     worse = text.plain_lines(decision.decision_lines(decision_of("python-0002", "worse"), 100))
@@ -219,7 +234,9 @@ def test_lineage_marks_the_active_generator(tmp_path: Path) -> None:
 # -- history, fleet, domain ----------------------------------------------------------------------------
 def test_history_rows_and_details(tmp_path: Path) -> None:
     picture = picture_of(tmp_path, "decision")
-    rows = [text.plain(history.cycle_row(c, 120, picture.now, chosen=False)) for c in history.newest_first(picture.state)]
+    rows = [
+        text.plain(history.cycle_row(c, 120, picture.now, chosen=False)) for c in history.newest_first(picture.state)
+    ]
     assert "python-0002" in rows[0]
     assert "finished: promoted" in rows[1]
     assert "3.1 > 2.35" in rows[1]
@@ -255,5 +272,7 @@ def test_a_chunk_that_is_not_there_is_said() -> None:
     from jupiter_tui.view.review import chunk_lines
 
     assert "not in the workspace" in text.plain_lines(chunk_lines(None, 80))
-    chunk = Chunk(id="c", document="d", ordinal=1, title="T", kind="docs", split="train", slice=-1, cluster="x", text="body")
+    chunk = Chunk(
+        id="c", document="d", ordinal=1, title="T", kind="docs", split="train", slice=-1, cluster="x", text="body"
+    )
     assert "body" in text.plain_lines(chunk_lines(chunk, 80))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,13 @@ from torch import Tensor
 _BUCKET_BYTES = 32 << 20
 _TIMEOUT = datetime.timedelta(minutes=10)
 """A collective that waits longer raises; the supervisor's own deadline is usually shorter."""
+
+
+def device_of_rank() -> torch.device:
+    """This process's GPU by torchrun's LOCAL_RANK (ranks share GPUs where there are too few), else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 class Alone:
@@ -36,10 +44,12 @@ class Alone:
 
 
 class TorchrunGroup(Alone):
-    """The group that torchrun's environment describes: gloo on CPU."""
+    """The group that torchrun's environment describes: NCCL between GPUs where each rank has its own, else gloo."""
 
     def __init__(self) -> None:
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        backend = "cpu:gloo,cuda:nccl" if 0 < here <= torch.cuda.device_count() else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
 
     def all_sum(self, tensors: Sequence[Tensor]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jupiter_engine.backends.torch.collectives import Alone, TorchrunGroup
+from jupiter_engine.backends.torch.collectives import Alone, TorchrunGroup, device_of_rank
 from jupiter_engine.backends.torch.model import DTYPES, Llama, load_model, rotary_frequencies, save_model
 from jupiter_engine.checkpoints.model_folder import ModelInfo
 from jupiter_engine.checkpoints.state import TrainerState
@@ -75,12 +75,15 @@ class TorchTrainer:
         self._group = group or Alone()
         self._info, self._recipe = info, recipe
         self._dtype = DTYPES[recipe.compute_dtype]
+        self._device = device_of_rank()
         with torch.device("meta"):
             self._model = Llama(info)
         self._names = list(self._model.state_dict())
         shapes = {name: value.shape for name, value in self._model.state_dict().items()}
         self._master: dict[str, Tensor] = {
-            name: torch.zeros(shapes[name]) if weights is None else torch.tensor(weights[name], dtype=torch.float32)
+            name: torch.zeros(shapes[name], device=self._device)
+            if weights is None
+            else torch.tensor(weights[name], dtype=torch.float32, device=self._device)
             for name in self._names
         }
         self._group.broadcast(list(self._master.values()))
@@ -111,9 +114,13 @@ class TorchTrainer:
             value.requires_grad_(True)
 
     def accumulate(self, batch: Batch, scale: float) -> float:
-        hidden = self._model.hidden(torch.from_numpy(batch.tokens), torch.from_numpy(batch.segments))
-        counted = torch.from_numpy(batch.counted).reshape(-1)
-        targets = torch.from_numpy(batch.targets).reshape(-1)[counted]
+        tokens, targets, segments, counted = (
+            torch.from_numpy(array).to(self._device)
+            for array in (batch.tokens, batch.targets, batch.segments, batch.counted)
+        )
+        counted = counted.reshape(-1)
+        targets = targets.reshape(-1)[counted]
+        hidden = self._model.hidden(tokens, segments)
         total, back = self._loss(hidden.reshape(-1, hidden.shape[-1]), counted, targets, scale)
         if back is not None:
             hidden.backward(back.view_as(hidden))
@@ -179,10 +186,10 @@ class TorchTrainer:
             state = self._optimizer.state.get(self._master[name], {})
             for short, long in (("m", "exp_avg"), ("v", "exp_avg_sq")):
                 value = state[long] if state else torch.zeros_like(self._master[name])
-                moments[f"{short}.{name}"] = value.numpy()
+                moments[f"{short}.{name}"] = value.cpu().numpy()
             updates = int(state["step"]) if state else 0
         return TrainerState(
-            weights={name: self._master[name].detach().numpy() for name in self._names},
+            weights={name: self._master[name].detach().cpu().numpy() for name in self._names},
             moments=moments,
             updates=updates,
             rng={"torch.cpu": torch.get_rng_state().numpy()},
@@ -195,9 +202,9 @@ class TorchTrainer:
                 self._master[name].copy_(torch.from_numpy(state.weights[name]))
         for name in self._names if state.updates else ():
             self._optimizer.state[self._master[name]] = {
-                "step": torch.tensor(float(state.updates)),
-                "exp_avg": torch.tensor(state.moments[f"m.{name}"]),
-                "exp_avg_sq": torch.tensor(state.moments[f"v.{name}"]),
+                "step": torch.tensor(float(state.updates), device=self._device),
+                "exp_avg": torch.tensor(state.moments[f"m.{name}"], device=self._device),
+                "exp_avg_sq": torch.tensor(state.moments[f"v.{name}"], device=self._device),
             }
         if "torch.cpu" in state.rng:
             torch.set_rng_state(torch.tensor(state.rng["torch.cpu"]))
@@ -208,7 +215,7 @@ class TorchTrainer:
         if updates:
             for name in self._names:
                 state = self._optimizer.state.setdefault(self._master[name], {})
-                state.setdefault("step", torch.tensor(float(updates)))
+                state.setdefault("step", torch.tensor(float(updates), device=self._device))
                 for key in ("exp_avg", "exp_avg_sq"):
                     state.setdefault(key, torch.zeros_like(self._master[name]))
                 self._group.broadcast([state["exp_avg"], state["exp_avg_sq"]])
@@ -217,7 +224,7 @@ class TorchTrainer:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name in self._names:
-            digest.update(self._master[name].detach().numpy().reshape(-1).view(np.uint8))
+            digest.update(self._master[name].detach().cpu().numpy().reshape(-1).view(np.uint8))
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:

@@ -20,10 +20,10 @@ _META = re.compile(
             r"\bi'?m sorry\b|\bi apologi[sz]e\b|\bi cannot\b|\bi can'?t (?:help|assist)\b",
             r"\bi'?m (?:here|ready|happy|unable) to\b|\bi(?:'d| would) be happy\b|\bhow can i (?:help|assist)\b",
             r"\blet me know if\b|\bfeel free to\b|\byour (?:next )?question\b|\bhugging face\b",
-            r"\b(?:the|this) (?:given|provided|above) (?:text|passage|document|documentation)\b",
-            r"\b(?:the|this) (?:text|passage) (?:above|below|you|provided|given|explains|describes|is about)\b",
+            r"\b(?:the|this) (?:provided|above) (?:text|passage|document|documentation)\b",
+            r"\b(?:the|this) (?:text|passage) (?:above|below|you|explains|describes|is about)\b",
             r"\bhere(?:'s| is) (?:a|an|the|my) (?:question|rewritten|revised|rewrite|possible|summary|conversation)\b",
-            r"\bbased on the (?:text|passage)\b|\baccording to the (?:text|passage)\b",
+            r"\b(?:based on|according to) (?:the|this) (?:given )?(?:text|passage|documentation)\b",
         )
     ),
     re.IGNORECASE,

@@ -30,22 +30,29 @@ def preset_shape(name: str, *, vocab_size: int | None = None) -> Shape:
 def write_scratch(target: Path, *, preset: str, tokenizer: Path, seed: int, dtype: str = "float32") -> ModelInfo:
     """Publish a model folder of `preset` with random weights and the tokenizer of the folder `tokenizer`.
 
-    Weights are normal with standard deviation 0.02; those that write into the
-    residual stream are divided by sqrt(2 x layers) (GPT-2's rule), norms are 1.
-    Every tensor has its own random stream, keyed by seed and name, so the same
-    seed gives the same bytes on every machine. Stored as `dtype`
-    (float32 | bfloat16).
+    The vocabulary is the tokenizer's, rounded up to a multiple of 64. Stored as `dtype` (float32 | bfloat16).
     """
     codec = TextCodec(tokenizer)
     shape = preset_shape(preset, vocab_size=codec.vocab_size)
     fields = {name: getattr(shape, name) for name in Shape.__struct_fields__}
     info = ModelInfo(**fields, dtype=dtype, bos_id=codec.bos_id, eos_ids=codec.eos_ids, pad_id=codec.eos_ids[0])
+    write_random(target, info, tokenizer=tokenizer, seed=seed)
+    return info
+
+
+def write_random(target: Path, info: ModelInfo, *, tokenizer: Path, seed: int) -> None:
+    """Publish a model folder of any shape with random weights, stored as `info.dtype`.
+
+    Weights are normal with standard deviation 0.02; those that write into the
+    residual stream are divided by sqrt(2 x layers) (GPT-2's rule), norms are 1.
+    Every tensor has its own random stream, keyed by seed and name, so the same
+    seed gives the same bytes on every machine.
+    """
     with publish(target) as folder:
         copy_text_files(tokenizer, folder)
         write_config(folder, info)
-        tensors = {name: _random(name, size, info.layers, seed) for name, size in tensor_shapes(shape).items()}
-        write_tensors(folder / "model.safetensors", tensors, dtype)
-    return info
+        tensors = {name: _random(name, size, info.layers, seed) for name, size in tensor_shapes(info).items()}
+        write_tensors(folder / "model.safetensors", tensors, info.dtype)
 
 
 def _random(name: str, size: tuple[int, ...], layers: int, seed: int) -> np.ndarray:

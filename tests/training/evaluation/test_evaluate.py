@@ -148,7 +148,8 @@ def text_of(document: str) -> str:
 @pytest.fixture
 def corpus(tmp_path: Path) -> tuple[Path, Path]:
     """24 vault documents and 24 train documents with questions on each."""
-    chunks, items = [], []
+    chunks: list[Chunk] = []
+    items: list[Item] = []
     for number in range(48):
         vault = number % 2 == 0
         name = f"doc{number:02d}"
@@ -172,8 +173,8 @@ def corpus(tmp_path: Path) -> tuple[Path, Path]:
             )
         )
     paths = (tmp_path / "chunks.jsonl", tmp_path / "items.jsonl")
-    for path, rows in zip(paths, (chunks, items), strict=True):
-        path.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    paths[0].write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in chunks))
+    paths[1].write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in items))
     return paths
 
 

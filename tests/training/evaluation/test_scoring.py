@@ -22,7 +22,7 @@ class ByteCodec:
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode()
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
