@@ -87,7 +87,7 @@ evaluation:
   mcq_known: 8
   mcq_vault: 4
   fitness_chunks: 4
-gate: {primary: vault_bpb, min_windows: 5, min_items: 1, min_documents: 3, margin_mcq: 1.0, margin_yield: 1.0}
+gate: {primary: vault_bpb, min_windows: 5, min_items: 1, min_documents: 1, margin_mcq: 0.9, margin_yield: 0.9}
 """
 
 

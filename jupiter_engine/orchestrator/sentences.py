@@ -29,9 +29,8 @@ def sentence(entry: j.AnyEntry) -> str | None:
             return f"cycle {entry.cycle}: finished, candidate {entry.outcome}; report {entry.report}"
         case j.DecisionMade():
             d = entry.decision
-            return f"gate: {d.verdict} (candidate {d.candidate} against {d.incumbent}, look {d.look}). " + " ".join(
-                d.sentences
-            )
+            # The worker has noted the evidence sentence by sentence already.
+            return f"gate: {d.verdict} (candidate {d.candidate} against {d.incumbent}, look {d.look})"
         case j.DecisionAnswered():
             override = ", against the gate's verdict" if entry.override else ""
             return f"decision: {entry.answer} (by {entry.by}{override})"

@@ -10,6 +10,8 @@ from msgspec import Meta
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Positive = Annotated[float, Meta(gt=0.0)]
 NotNegative = Annotated[float, Meta(ge=0.0)]
+Margin = Annotated[float, Meta(ge=0.0, lt=1.0)]
+"""A difference of shares that still counts as none; at 1 nothing could ever exceed it."""
 Count = Annotated[int, Meta(ge=1)]
 CountOrZero = Annotated[int, Meta(ge=0)]
 Seed = Annotated[int, Meta(ge=0, le=2**62)]
@@ -216,13 +218,13 @@ class GateSpec(Spec, frozen=True, kw_only=True):
     """What the candidate must be better at; the other measures are guards: it may not be worse."""
     alpha: Annotated[float, Meta(gt=0.0, lt=0.5)] = 0.05
     """Chance that an incumbent is ever replaced by a candidate that is no better, over all looks."""
-    min_effect: NotNegative = 0.0
+    min_effect: Margin = 0.0
     """The lower confidence bound of the improvement must exceed this."""
     margin_vault_bpb: NotNegative = 0.01
     """As a guard: bits per byte may be worse by no more than this share of the incumbent's."""
-    margin_mcq: Share = 0.08
+    margin_mcq: Margin = 0.08
     """As a guard: accuracy may be lower by no more than this."""
-    margin_yield: Share = 0.25
+    margin_yield: Margin = 0.25
     """As a guard: the share of usable generated samples may be lower by no more than this."""
     min_windows: Count = 40
     """No decision on fewer windows than this."""

@@ -10,11 +10,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import msgspec
 import pytest
-from pydoc_data import topics
 
 from jupiter_engine.checkpoints.model_folder import folder_sha256
 from jupiter_engine.data.chunks import cut
