@@ -22,9 +22,9 @@ import msgspec
 from textual.message import Message
 
 from jupiter_engine.errors import ConfigError, JupiterError, StateError
-from jupiter_engine.protocol.journal import ENGINE_STAGES
-from jupiter_engine.protocol.state import CycleState, Notice, State
+from jupiter_engine.protocol.state import CycleState, State
 from jupiter_engine.units import MIB, bytes_text, plain_text
+from jupiter_tui.view.log import logging_run, notice_text
 from jupiter_tui.view.picture import Curve, DomainFile, LogBook, Picture
 
 if TYPE_CHECKING:
@@ -377,7 +377,7 @@ class Bridge:
 
     def _with_log(self, picture: Picture, workspace: Workspace, cycle: CycleState) -> Picture:
         reader = self._reader
-        run, begun_at = _logging_run(cycle)
+        run, begun_at = logging_run(cycle)
         notices = [n for n in picture.state.notices if n.at > reader.notice_at and n.cycle in (None, cycle.id)]
         if notices:
             reader.notice_at = notices[-1].at
@@ -408,20 +408,6 @@ def _skipped(path: Path) -> list[str]:
     """What is said of the part of a long log that is not read on opening it."""
     size = path.stat().st_size if path.exists() else 0
     return [f"(the first {bytes_text(size - LOG_OPEN_BYTES)} stand in {path})"] if size > LOG_OPEN_BYTES else []
-
-
-def notice_text(notice: Notice) -> str:
-    """A notice as a log line: time, level letter, stage, text."""
-    level = {"warning": "W ", "error": "E "}.get(notice.level, "  ")
-    where = f"{notice.stage}: " if notice.stage else ""
-    flat = " ".join(plain_text(notice.text).split())
-    return f"{time.strftime('%H:%M:%S', time.localtime(notice.at))} jupiter {level}{where}{flat}"
-
-
-def _logging_run(cycle: CycleState) -> tuple[str, float]:
-    """(the run whose output matters now, when it began): the running stage's, else the last that a worker did."""
-    stages = [s for s in cycle.stages.values() if s.run and s.stage not in ENGINE_STAGES]
-    return (stages[-1].run, stages[-1].started_at or 0.0) if stages else ("", 0.0)
 
 
 def _with_engine(picture: Picture, workspace: Workspace) -> Picture:

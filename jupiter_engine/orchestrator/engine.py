@@ -42,6 +42,10 @@ IDLE_EXIT_S = 60.0
 """An engine with nothing to do ends itself; the next command starts another."""
 
 
+LINGER_S = 30.0
+"""A worker that still runs this long after its result is ended."""
+
+
 class EngineLock:
     """Held for the engine's whole life: at most one engine a workspace."""
 
@@ -117,6 +121,8 @@ class Engine:
         did = self._carry_out_commands()
         cycle = self._active()
         if cycle is None:
+            if self._stage is not None and self._stage.outcome is not None:
+                await self._settle(self._stage)
             return did
         try:
             return await self._advance(cycle) or did
@@ -163,8 +169,8 @@ class Engine:
 
     # -- the cycle -------------------------------------------------------------------------------
     async def _advance(self, cycle: CycleState) -> bool:
-        if self._stage is not None and self._stage.cycle != cycle.id:
-            self._stage = None
+        if self._stage is not None and self._stage.outcome is not None:
+            return await self._settle(self._stage)
         if self._shut_down or cycle.status in ("pausing", "stopping"):
             return await self._halt(cycle)
         stage = cycle.current_stage()
@@ -177,6 +183,15 @@ class Engine:
             await self._engine_stage(cycle, stage, settings)
             return True
         return await self._worker_stage(cycle, stage, settings)
+
+    async def _settle(self, run: StageRun) -> bool:
+        """Wait for the process of a stage that has given its result: the next one needs its memory."""
+        if await run.working():
+            if time.monotonic() - run.outcome_at > LINGER_S:
+                await run.kill()
+            return False
+        self._stage = None
+        return True
 
     async def _halt(self, cycle: CycleState) -> bool:
         """Bring the running worker to a safe point, then say so in the journal."""
@@ -225,10 +240,7 @@ class Engine:
         working = await run.working()
         took = await run.take_in()
         self._refresh()
-        if run.outcome is not None:
-            self._stage = None
-            return True
-        if working or took:
+        if run.outcome is not None or working or took:
             return took
         # The worker is gone and has said nothing final.
         self._stage = None

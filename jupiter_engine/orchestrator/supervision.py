@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class StageRun:
         self._number = number
         self._process: ProcessIdentity | None = None
         self.outcome: facts.Finished | facts.Failed | None = None
+        self.outcome_at = 0.0
+        """time.monotonic() when the outcome was taken in."""
         self.halted = False
 
     async def begin(self, order: AnyOrder, *, attempt: int) -> None:
@@ -121,6 +124,8 @@ class StageRun:
                     progress = fact
                 else:
                     await self._take_in_fact(fact)
+            if self.outcome is not None:
+                self.outcome_at = time.monotonic()
             if progress is not None:
                 self._database.set_progress(self.run, progress)
             self._database.set_run_position(self.run, offset + len(data), last_seq)

@@ -48,10 +48,12 @@ class LocalRemote:
 
     async def alive(self, process: ProcessIdentity) -> bool:
         child = self._children.get(process.pid)
-        if child is not None and child.poll() is not None:
-            del self._children[process.pid]
-            return False
-        return process.alive()
+        if child is None:
+            return process.alive()
+        if child.poll() is None:
+            return True
+        del self._children[process.pid]
+        return False
 
     async def stop(self, process: ProcessIdentity, *, grace_s: float) -> None:
         if not process.alive():

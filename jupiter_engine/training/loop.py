@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from jupiter_engine.checkpoints.state import TrainerState
 from jupiter_engine.checkpoints.store import Checkpoint, CheckpointStore, Identity, World
+from jupiter_engine.checkpoints.writer import CheckpointWriter
 from jupiter_engine.errors import Diverged, JupiterError, StateError
 from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.specs import Recipe
@@ -158,6 +159,7 @@ class Training:
         """`store` is None on ranks other than 0: only rank 0 writes."""
         self._recipe, self._data, self._trainer, self._reporter, self._store = recipe, data, trainer, reporter, store
         self._identity, self._world = identity, world
+        self._writer = CheckpointWriter(store) if store is not None else None
         self._order = BatchOrder(len(data.tokens), recipe.batch_sequences, recipe.seed)
         counts = counted_tokens(data.loss_mask)
         self._step_tokens = [int(counts[self._order.batch(step)].sum()) for step in range(recipe.steps)]
@@ -213,12 +215,18 @@ class Training:
         """Train to the last step, or to the next step boundary after a halt was asked for."""
         self.agree_on_weights("at the start")
         halted = False
-        while self._step < self._recipe.steps and not halted:
-            halted = self._one_step()
-            last = self._step == self._recipe.steps
-            if (halted or self._step % self._recipe.checkpoint_every_steps == 0) and not last:
-                self._checkpoint()
-            halted = halted and not last
+        try:
+            while self._step < self._recipe.steps and not halted:
+                halted = self._one_step()
+                last = self._step == self._recipe.steps
+                if (halted or self._step % self._recipe.checkpoint_every_steps == 0) and not last:
+                    self._checkpoint(wait=halted)
+                halted = halted and not last
+            if self._writer is not None:
+                self._writer.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
         return self._outcome(halted=halted)
 
     def agree_on_weights(self, when: str) -> None:
@@ -241,6 +249,8 @@ class Training:
         tokens = self._step_tokens[step]
         loss_sum, failure = 0.0, None
         try:
+            if self._writer is not None:
+                self._writer.check()
             loss_sum = self._compute(step, 1.0 / tokens)
         except Exception as error:  # noqa: BLE001 - the other ranks wait for this one: they are told first, then it is raised
             failure = error
@@ -290,6 +300,8 @@ class Training:
         )
 
     def _diverged(self, loss: float, norm: float) -> None:
+        if self._writer is not None:
+            self._writer.wait()
         kept = self._store.steps() if self._store is not None else []
         from_here = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint had been written yet"
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4f}, its gradient norm {norm}"
@@ -298,13 +310,19 @@ class Training:
             fix="lower recipe.optimizer.learning_rate or raise recipe.schedule.warmup_share, then train anew",
         )
 
-    def _checkpoint(self) -> None:
-        """Write the state (rank 0) and let every rank know whether that worked."""
+    def _checkpoint(self, *, wait: bool) -> None:
+        """Write the state (rank 0) and let every rank know whether that worked.
+
+        Without `wait` the disk may still be busy afterwards; a failure then
+        shows at the start of the next step.
+        """
         self.agree_on_weights(f"after step {self._step}")
         failure: JupiterError | OSError | None = None
-        if self._store is not None:
+        if self._writer is not None:
             try:
-                self._store.write(self.snapshot())
+                self._writer.write(self.snapshot())
+                if wait:
+                    self._writer.wait()
             except (JupiterError, OSError) as error:
                 failure = error
         said = self._trainer.exchange([float(failure is not None)])

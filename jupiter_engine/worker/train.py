@@ -220,7 +220,8 @@ def _announce(context: RunContext, job: Job) -> None:
     require_free(job.folder, needed, "training (checkpoints and the trained model)")
     context.note(
         f"Training {plan.parameters / 1e6:.1f}M parameters on {plan.input_tokens} tokens in {recipe.steps} steps with "
-        f"{ranks} rank(s) of the {job.order.launch.twin} twin; about {bytes_text(plan.memory)} of memory a rank, "
+        f"{ranks} rank(s) of the {job.order.launch.twin} twin; about {bytes_text(plan.memory)} of memory a rank "
+        f"({bytes_text(plan.writing)} more while a checkpoint is written), "
         f"{bytes_text(plan.disk)} of disk"
     )
     available = psutil.virtual_memory().available

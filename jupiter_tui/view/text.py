@@ -39,7 +39,9 @@ def _ascii_cell(character: str) -> str:
     if 0x2580 <= code <= 0x259F:
         return "." if character == "░" else "#"
     if 0x2800 <= code <= 0x28FF:
-        return " " if code == 0x2800 else "*"
+        # Few dots are the edge of a curve, or the faint one behind it.
+        dots = (code & 0xFF).bit_count()
+        return " " if dots == 0 else "." if dots < 3 else "*"
     return character
 
 
@@ -146,4 +148,5 @@ def number(value: float | None, digits: int = 4) -> str:
         return "-"
     if value == int(value) and abs(value) < 10**digits:
         return str(int(value))
-    return f"{value:.{digits}g}"
+    # No exponents where people read counts: 5,063 rather than 5.06e+03.
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.{digits}g}"

@@ -111,7 +111,7 @@ def funnel(cycle: CycleState | None, width: int, *, reviewed: int | None = None)
         ("queued tokens", result_of(cycle, "queue", "tokens"), _sequences(cycle)),
     ]
     reasons = sorted(cycle.rejected.items(), key=lambda item: (-item[1], item[0]))
-    narrow = width < 42
+    narrow = width < 40
     if reasons and narrow:
         # No room for a list of its own: the reasons stand in the row, the most frequent first.
         rejected = ", ".join(f"{one_line(reason)} {count}" for reason, count in reasons)

@@ -90,6 +90,7 @@ async def uninterrupted(reference: Reference) -> CycleState:
     """Run the cycle with an engine in this process and real workers, keeping the workspace before each stage."""
     engine = Engine(reference.root)
     engine.database.submit(StartCycles(domain="tiny", mode="auto"))
+    engine._carry_out_commands()
     kept: set[str] = set()
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:

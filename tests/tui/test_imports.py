@@ -43,7 +43,7 @@ def test_the_first_frame_waits_for_no_settings_reader() -> None:
 
 
 def test_the_view_knows_no_textual() -> None:
-    names = ("chart", "decision", "domain", "fleet", "header", "history", "picture", "review", "text", "train")
+    names = ("chart", "decision", "domain", "fleet", "header", "history", "log", "picture", "review", "text", "train")
     found = loaded("\n".join(f"import jupiter_tui.view.{name}" for name in names))
     assert not found & {"textual", "rich"}
 

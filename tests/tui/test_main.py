@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,8 +99,14 @@ def test_the_documentation_names_every_option() -> None:
             assert f"`{option}" in text, option
 
 
-def test_nothing_of_the_environment_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JUPITER_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("TERM", raising=False)
-    assert main([]) == ExitCode.USAGE
-    assert json.dumps(os.environ["JUPITER_HOME"])
+@pytest.mark.slow
+def test_the_screenshot_script_draws_the_real_console(tmp_path: Path) -> None:
+    from tests.tui.recorded import record
+
+    script = Path(__file__).parents[2] / "scripts" / "screenshot"
+    workspace = record(tmp_path / "w", "train")
+    command = [sys.executable, str(script), "--workspace", str(workspace), "--out", str(tmp_path / "out"), "train"]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    drawn = (tmp_path / "out" / "train.svg").read_text()
+    assert drawn.startswith("<svg")
+    assert "40/60&#160;steps" in drawn

@@ -59,6 +59,11 @@ def test_ascii_keeps_every_width_and_leaves_data_alone(data: str) -> None:
     assert [c for c in shown if c in "é中"] == [c for c in data if c in "é中"]
 
 
+def test_numbers_are_read_not_decoded() -> None:
+    shown = [text.number(v, 3) for v in (5063.4, 0.000123, 12, 2.5, math.nan, None, 1e9)]
+    assert shown == ["5,063", "0.000123", "12", "2.5", "-", "-", "1e+09"]
+
+
 def test_wrap_keeps_the_indentation_of_code() -> None:
     lines = text.wrap("def f():\n    return 1\n\nend", 40)
     assert [text.plain(line) for line in lines] == ["def f():", "    return 1", "", "end"]

@@ -23,8 +23,8 @@ from jupiter_engine.checkpoints.state import TrainerState
 from jupiter_engine.protocol.specs import Recipe
 from jupiter_engine.training.loop import Batch
 
-_LOSS_CHUNK = 1024
-"""Targets whose logits exist at once: at 49k tokens 200 MB in float32, however large the micro-batch."""
+_LOSS_CHUNK = 256
+"""Targets whose logits exist at once: at 49k tokens 50 MB in float32, however large the micro-batch."""
 
 Weights = dict[str, mx.array]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from jupiter_engine.checkpoints.state import TrainerState
 from jupiter_engine.protocol.specs import Recipe
 from jupiter_engine.training.loop import Batch
 
-_LOSS_CHUNK = 1024
-"""Targets whose logits exist at once: at 49k tokens 200 MB in float32, however large the micro-batch."""
+_LOSS_CHUNK = 256
+"""Targets whose logits exist at once: at 49k tokens 50 MB in float32, however large the micro-batch."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
 def join_group() -> Alone:
@@ -71,6 +75,7 @@ class TorchTrainer:
         """`weights` (float32 by name) are needed on rank 0 only: the others receive them."""
         if threads:
             torch.set_num_threads(threads)
+        _keep_freed_memory()
         torch.manual_seed(recipe.seed)
         self._group = group or Alone()
         self._info, self._recipe = info, recipe
@@ -233,6 +238,22 @@ class TorchTrainer:
 
     def close(self) -> None:
         self._group.close()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large freed blocks instead of returning them to the kernel each time.
+
+    By default every tensor above 32 MiB is mapped, filled with zeros by the
+    kernel and unmapped again. Measured on a 135M model, a step of 8x256 tokens:
+    4.3 s of kernel time with that, 0.6 s without (and smaller loss chunks), of
+    20 s in all. Where there is no glibc nothing is changed.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class _Weights:

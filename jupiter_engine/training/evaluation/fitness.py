@@ -19,7 +19,7 @@ from jupiter_engine.training.evaluation.scoring import Codec
 from jupiter_engine.training.evaluation.selection import drawn
 
 FITNESS_VERSION = 1
-"""Counts every change of how passages, templates and seeds are paired, or of the rules that judge a sample."""
+"""Counts every change of how a sample is parsed and judged (a changed request changes the cache key by itself)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +72,12 @@ def judge(
     parsed = wordings.parse(passage.template, passage.chunk, whole, finished=finished, topic=passage.topic)
     good, reason, _ = usable(passage.template.type, parsed.prompt, parsed.response, passage.chunk.text, rules)
     return float(good), f"[{'usable' if good else reason}] {parsed.prompt}\n{parsed.response}".rstrip()
+
+
+def request_text(passage: Assignment, generation: GenerationSpec) -> str:
+    """All text that the model is shown, with the roles: part of the cache key, so a new wording is measured anew."""
+    ask = _ask(passage, generation)
+    return "\0".join([*(f"{one['role']}\0{one['content']}" for one in ask.messages), ask.opening])
 
 
 def _ask(passage: Assignment, generation: GenerationSpec) -> wordings.Ask:

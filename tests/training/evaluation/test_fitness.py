@@ -53,7 +53,11 @@ def chunk(
     )
 
 
-def passage(template: TemplateSpec = QA) -> Assignment:
+OWN = TemplateSpec(id="own", type="qa", prompt="Read: {chunk}\nAsk one question about {title} and answer it.")
+"""A wording of its own, so that these tests do not hang on the built-in one."""
+
+
+def passage(template: TemplateSpec = OWN) -> Assignment:
     return Assignment(chunk=chunk(0), template=template, topic="", seed=1)
 
 
@@ -87,7 +91,7 @@ def test_documentation_is_preferred_where_there_is_any() -> None:
 def test_the_model_is_asked_as_the_generate_stage_asks() -> None:
     codec = WordCodec()
     asked = codec.decode(prompt(passage(), GENERATION, codec))
-    assert asked.startswith("<user>Text about bisect:")
+    assert asked.startswith("<user>Read: The bisect module")
     assert TEXT.strip() in asked
     assert asked.endswith("<assistant>Question:")
 
@@ -106,7 +110,7 @@ def test_a_grounded_answer_is_usable_and_is_kept_for_reading() -> None:
 
 def test_what_the_filters_reject_is_worth_nothing_and_says_why() -> None:
     for text, reason in (
-        (" Is it? Yes.", "empty"),
+        (" Bananas ripen slowly", "empty"),
         (" What is insort?\nAnswer: A function.", "too short"),
         (
             " What is insort?\nAnswer: " + "Bananas ripen slowly under warm tropical sunlight every single year. " * 2,

@@ -37,8 +37,10 @@ from jupiter_engine.worker.prepare import make_nano
 pytestmark = pytest.mark.slow
 
 STEPS = 80
+UNITS = 48 + 60 + 60 + 12
+"""Of one model."""
 EVALUATION = EvaluationSpec(
-    windows=60, window_bytes=500, context_bytes=100, mcq_known=60, mcq_vault=60, fitness_chunks=24
+    windows=48, window_bytes=500, context_bytes=100, mcq_known=60, mcq_vault=60, fitness_chunks=12
 )
 GENERATION = GenerationSpec(
     templates=(TemplateSpec(id="qa", type="qa"),), max_new_tokens=24, batch_size=8, context_bytes=600
@@ -175,7 +177,7 @@ def reference(folder: Path) -> ModelRef:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("real")
     make_nano(root / "trained", seed=0)
     texts = [topics.topics[name] for number, name in enumerate(sorted(topics.topics)) if number % 2]
@@ -208,10 +210,10 @@ def lines_of(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def measured(world: World) -> dict[str, Any]:
-    """Both models measured by a worker that is killed twice on the way (kill -9, at 40 and 180 finished units)."""
+    """Both models measured by a worker that is killed twice on the way (kill -9, at 40 and 200 finished units)."""
     folder = world.root / "evaluate"
     order = world.evaluate_order("evaluate", "cache")
-    for enough in (40, 180):
+    for enough in (40, 200):
         worker = start(folder, order)
         while lines_of(folder / "results" / "scores.jsonl") < enough and worker.poll() is None:
             time.sleep(0.02)
@@ -223,11 +225,11 @@ def measured(world: World) -> dict[str, Any]:
 
 def test_a_worker_killed_twice_measures_every_unit_once(world: World, measured: dict[str, Any]) -> None:
     rows = read_rows(Path(measured["scores_path"]), Score)
-    assert measured["units"] == {"vault_bpb": 60, "mcq_known": 60, "mcq_vault": 60, "yield": 24}
-    assert len(rows) == len({row.id for row in rows}) == 2 * 204
+    assert measured["units"] == {"vault_bpb": 48, "mcq_known": 60, "mcq_vault": 60, "yield": 12}
+    assert len(rows) == len({row.id for row in rows}) == 2 * UNITS
     for model in (world.trained, world.damaged):
         lines = (world.root / "cache" / f"{model.sha256}.jsonl").read_bytes().splitlines()
-        assert len(lines) == len({msgspec.json.decode(line)["key"] for line in lines}) == 204
+        assert len(lines) == len({msgspec.json.decode(line)["key"] for line in lines}) == UNITS
     # Random guessing over bytes costs 8 bits; this much training brings text well below 4.
     assert 1.0 < measured["summary"]["trained"]["vault_bpb"] < 4.0
     assert measured["summary"]["damaged"]["vault_bpb"] > 1.02 * measured["summary"]["trained"]["vault_bpb"]
@@ -252,7 +254,7 @@ def test_a_second_look_at_the_same_units_needs_no_model(world: World, measured: 
         models=tuple(msgspec.structs.replace(model, folder="/gone") for model in (world.trained, world.damaged)),
     )
     result = carried_out(world.root / "cached", moved)
-    assert result["cached"] == 2 * 204
+    assert result["cached"] == 2 * UNITS
     assert result["summary"] == measured["summary"]
 
 
@@ -261,7 +263,7 @@ def test_the_better_model_is_promoted(world: World, measured: dict[str, Any]) ->
     decision = carried_out(world.root / "up", order)["decision"]
     assert decision["verdict"] == "promote", decision["sentences"]
     text = decision["endpoints"][0]
-    assert (text["name"], text["role"], text["units"]) == ("vault_bpb", "primary", 60)
+    assert (text["name"], text["role"], text["units"]) == ("vault_bpb", "primary", 48)
     assert text["low"] > 0
     assert text["p_value"] <= 0.0304
 
