@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -222,8 +222,7 @@ class Training:
                 if (halted or self._step % self._recipe.checkpoint_every_steps == 0) and not last:
                     self._checkpoint(wait=halted)
                 halted = halted and not last
-            if self._writer is not None:
-                self._writer.wait()
+            self._on_disk(lambda writer: writer.wait())
         finally:
             if self._writer is not None:
                 self._writer.close()
@@ -317,19 +316,27 @@ class Training:
         shows at the start of the next step.
         """
         self.agree_on_weights(f"after step {self._step}")
+
+        def write(writer: CheckpointWriter) -> None:
+            writer.write(self.snapshot())
+            if wait:
+                writer.wait()
+
+        self._on_disk(write)
+
+    def _on_disk(self, act: Callable[[CheckpointWriter], None]) -> None:
+        """Let rank 0 act on its writer; a failure there ends all ranks together."""
         failure: JupiterError | OSError | None = None
         if self._writer is not None:
             try:
-                self._writer.write(self.snapshot())
-                if wait:
-                    self._writer.wait()
+                act(self._writer)
             except (JupiterError, OSError) as error:
                 failure = error
         said = self._trainer.exchange([float(failure is not None)])
         if failure is not None:
             raise failure
         if said.any():
-            raise PeerFailed(f"rank 0 could not write the checkpoint of step {self._step}")
+            raise PeerFailed(f"rank 0 could not write a checkpoint (after step {self._step})")
 
     def snapshot(self) -> Checkpoint:
         """The run as it stands between two steps."""

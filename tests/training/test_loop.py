@@ -224,9 +224,9 @@ def test_a_full_disk_ends_all_ranks_with_the_earlier_checkpoint_intact(
 
     monkeypatch.setattr("jupiter_engine.checkpoints.store.require_free", full)
     _, ends = in_ranks(2, recipe(), tmp_path)
-    # Noticed at once or, written beside the training, by the start of a later step.
+    # Noticed at once or, written beside the training, by a later step or the end.
     assert isinstance(ends[0], DiskFull)
-    assert isinstance(ends[1], PeerFailed | threading.BrokenBarrierError)
+    assert isinstance(ends[1], PeerFailed)
     assert CheckpointStore(tmp_path, keep=2).steps() == [5]
 
 
