@@ -31,7 +31,7 @@ def test_the_python_domain_runs_with_no_network_and_no_other_file() -> None:
     loaded = load_domain(SHIPPED / "domains" / "python.yaml")
     check_paths(loaded)
     settings = loaded.value
-    assert [source.type for source in settings.sources] == ["stdlib"]
+    assert {source.type for source in settings.sources} == {"stdlib"}
     assert settings.base == "smollm2"
     assert (settings.training.sequence_tokens, settings.training.batch_sequences) == (256, 8)
     assert settings.training.optimizer.learning_rate == 1e-4
