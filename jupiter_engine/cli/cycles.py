@@ -27,13 +27,16 @@ def start(options: argparse.Namespace) -> int:
 
         workspace.close()
         return run_auto(workspace.root, options.domain, options.cycles, options.json)
+    command = StartCycles(domain=options.domain, cycles=options.cycles, mode="interactive")
     if not options.detach and (options.interactive or sys.stdin.isatty()):
+        running = [c for c in workspace.state.cycles.values() if c.active() or c.waiting_for]
+        if not any(c.domain == options.domain for c in running):
+            workspace.perform(command)
         # The console is another program above this layer; it takes this process over.
         argv = [sys.executable, "-m", "jupiter_tui.main", "--workspace", str(workspace.root)]
-        argv += ["--domain", options.domain, "--start", "--cycles", str(options.cycles)]
         workspace.close()
-        os.execv(sys.executable, argv)  # noqa: S606 - our own interpreter, an argument vector
-    workspace.perform(StartCycles(domain=options.domain, cycles=options.cycles, mode="interactive"))
+        os.execv(sys.executable, [*argv, "--domain", options.domain])  # noqa: S606 - our own interpreter
+    workspace.perform(command)
     cycle = workspace.state.latest_cycle(options.domain)
     assert cycle is not None
     if options.json:

@@ -70,9 +70,13 @@ def _previous(order: CollectOrder) -> Collection | None:
 
 
 def _claim(folder: Path, fingerprint: str) -> None:
-    """Tie the run folder to the state of the sources: rows of two states must not mix in it."""
+    """Tie the run folder to the state of the sources: rows of two states must not mix in it.
+
+    As long as it holds no row (the sources were empty, say) it follows them.
+    """
     path = folder / "fingerprint"
-    if path.exists() and path.read_text("utf-8") != fingerprint:
+    rows = any(file.stat().st_size for file in (folder / "results").glob("*.jsonl"))
+    if rows and path.exists() and path.read_text("utf-8") != fingerprint:
         raise StateError(
             f"the sources changed while {folder.name} was interrupted",
             fix=f"remove {folder} and run the same command again",

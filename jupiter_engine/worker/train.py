@@ -29,14 +29,15 @@ from jupiter_engine.checkpoints.model_folder import (
 )
 from jupiter_engine.checkpoints.store import Checkpoint, CheckpointStore, Identity, World
 from jupiter_engine.data.queue.snapshot import read_snapshot
-from jupiter_engine.errors import ConfigError, ModelInvalid, StateError
+from jupiter_engine.errors import ConfigError, ModelInvalid, NoUsableNode, StateError
 from jupiter_engine.files import read_json, require_free, sha256_file, write_json
 from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.orders import TrainOrder
+from jupiter_engine.protocol.shapes import Shape, weight_bytes
 from jupiter_engine.training.distributed.supervise import Supervisor
 from jupiter_engine.training.loop import Reporter, Training, TrainingData, recipe_sha256
-from jupiter_engine.training.model.presets import write_scratch
-from jupiter_engine.training.plan import plan_training
+from jupiter_engine.training.model.presets import preset_shape, write_scratch
+from jupiter_engine.training.plan import TrainingPlan, plan_training
 from jupiter_engine.units import bytes_text
 from jupiter_engine.worker.context import Halt, RunContext
 
@@ -208,8 +209,30 @@ def _start(order: TrainOrder, run_folder: Path) -> tuple[ModelInfo, str, Path]:
         )
     folder = run_folder / "start"
     if not folder.exists():
+        # Asked before gigabytes of random weights are made: can this machine hold the run at all?
+        shape = preset_shape(order.recipe.preset)
+        _require_room(run_folder, plan_training(shape, order.recipe, order.launch.ranks), order, start=shape)
         write_scratch(folder, preset=order.recipe.preset, tokenizer=Path(order.tokenizer), seed=order.recipe.seed)
     return verify(folder), folder_sha256(folder), folder
+
+
+def _require_room(
+    folder: Path, plan: TrainingPlan, order: TrainOrder, *, stored: int = 0, start: Shape | None = None
+) -> None:
+    """Raise DiskFull or NoUsableNode if the machine cannot hold the run, whatever else it does.
+
+    `stored`: bytes of checkpoints that lie there already; `start`: a model that has to be made first.
+    """
+    needed = max(plan.disk - stored, plan.target) + _SPARE_BYTES
+    needed += weight_bytes(start, "float32") if start is not None else 0
+    require_free(folder, needed, "training (checkpoints and the trained model)")
+    memory, total = plan.memory * order.launch.ranks, psutil.virtual_memory().total
+    if memory > total:
+        raise NoUsableNode(
+            f"training {plan.parameters / 1e6:.0f}M parameters needs about {bytes_text(memory)} of memory, "
+            f"this machine has {bytes_text(total)}",
+            fix="lower training.micro_batch_sequences or choose a smaller model",
+        )
 
 
 def _announce(context: RunContext, job: Job) -> None:
@@ -217,8 +240,7 @@ def _announce(context: RunContext, job: Job) -> None:
     recipe, ranks = job.order.recipe, job.order.launch.ranks
     plan = plan_training(job.info, recipe, ranks)
     stored = sum(path.stat().st_size for path in checkpoint_folder(job.folder).rglob("*.safetensors"))
-    needed = max(plan.disk - stored, plan.target) + _SPARE_BYTES
-    require_free(job.folder, needed, "training (checkpoints and the trained model)")
+    _require_room(job.folder, plan, job.order, stored=stored)
     context.note(
         f"Training {plan.parameters / 1e6:.1f}M parameters on {plan.input_tokens} tokens in {recipe.steps} steps with "
         f"{ranks} rank(s) of the {job.order.launch.twin} twin; about {bytes_text(plan.memory)} of memory a rank "

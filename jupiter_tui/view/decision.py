@@ -151,7 +151,7 @@ def lineage_lines(generators: Sequence[GeneratorState], width: int, cursor: int 
         sign = ("ok active ", "good") if generator.active else ("   ", "dim")
         how = f"from {generator.parent}" if generator.parent else "base"
         when = day_and_clock(generator.registered_at)
-        looks = f"  {generator.looks} looks" if generator.looks else ""
+        looks = f"  {generator.looks} look{'s' if generator.looks > 1 else ''}" if generator.looks else ""
         line: Line = [
             ("> " if chosen else "  ", "accent"),
             (pad(sign[0], 10), sign[1]),
