@@ -15,11 +15,10 @@ from typing import Any
 from jupiter_engine.api import Workspace
 from jupiter_engine.cli.output import open_workspace, print_json, print_table
 from jupiter_engine.errors import ExitCode, JupiterError, ModelInvalid, UsageError
+from jupiter_engine.orchestrator.supervision import WORKER_ENV
 from jupiter_engine.protocol.commands import Rollback
 from jupiter_engine.protocol.shapes import PRESETS, parameter_count, training_memory, weight_bytes
 from jupiter_engine.units import bytes_text, count_text, plain_text
-
-WORKER_ENV = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def model_folder(workspace: Workspace, name: str | None, domain: str | None) -> Path:

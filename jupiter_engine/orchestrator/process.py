@@ -17,6 +17,9 @@ from jupiter_engine.protocol.facts import Metric
 
 START_TIMEOUT_S = 20.0
 
+_started: list[subprocess.Popen[bytes]] = []
+"""Engines that this process started: they outlive it, but while it lives it has to reap them."""
+
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     identity: ProcessIdentity
@@ -25,6 +28,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 def living_engine(root: Path) -> EngineInfo | None:
     """The workspace's engine if it lives: recorded pid and start time, and the lock that only it holds."""
+    _started[:] = [child for child in _started if child.poll() is None]
     path = root / ".jupiter" / "engine.json"
     try:
         info = msgspec.json.decode(path.read_bytes(), type=EngineInfo)
@@ -58,6 +62,7 @@ def ensure_engine(root: Path) -> EngineInfo:
             cwd=root,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
+    _started.append(child)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         living = living_engine(root)

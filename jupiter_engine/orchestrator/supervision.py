@@ -30,13 +30,6 @@ STOP_GRACE_S = 60.0
 """A training step on a slow machine must fit in, so that a stop ends in a checkpoint and not in a kill."""
 
 
-class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    """state.json of a run folder, as the worker writes it."""
-
-    worker: ProcessIdentity
-    attempt: int
-
-
 class StageRun:
     """The engine's side of one run folder."""
 
@@ -82,7 +75,7 @@ class StageRun:
         data = await self._remote.read(self.folder / "state.json")
         if not data:
             return None
-        identity = msgspec.json.decode(data, type=RunState).worker
+        identity = msgspec.json.decode(data, type=facts.RunState).worker
         return identity if await self._remote.alive(identity) else None
 
     async def working(self) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from jupiter_engine.files import ProcessIdentity
+
 
 class Fact(msgspec.Struct, frozen=True, kw_only=True, tag_field="fact"):
     """Base of all worker facts. `seq` counts from 1 within a run and never repeats, over restarts too."""
@@ -66,6 +68,14 @@ class Halted(Fact, frozen=True, kw_only=True, tag="halted"):
 AnyFact = Started | Progress | Records | Note | Finished | Failed | Halted
 
 decoder = msgspec.json.Decoder(AnyFact)
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """state.json of a run folder: who works there."""
+
+    worker: ProcessIdentity
+    attempt: int
+    """Counts the workers that were started in the folder, from 1."""
 
 
 class Metric(msgspec.Struct, frozen=True, kw_only=True):

@@ -38,11 +38,6 @@ class Halt(Exception):
     """Raised at a safe point after a halt was asked for; everything done so far is on disk."""
 
 
-class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    worker: ProcessIdentity
-    attempt: int
-
-
 class RunContext:
     """Everything a stage may touch besides its inputs. Not thread-safe: one thread reports."""
 
@@ -58,8 +53,8 @@ class RunContext:
             raise StateError(f"another worker holds {folder}", fix="wait for it to end") from None
         self.attempt = 1
         if (folder / "state.json").exists():
-            self.attempt = msgspec.json.decode((folder / "state.json").read_bytes(), type=RunState).attempt + 1
-        write_json(folder / "state.json", RunState(worker=ProcessIdentity.of(os.getpid()), attempt=self.attempt))
+            self.attempt = msgspec.json.decode((folder / "state.json").read_bytes(), type=facts.RunState).attempt + 1
+        write_json(folder / "state.json", facts.RunState(worker=ProcessIdentity.of(os.getpid()), attempt=self.attempt))
         drop_torn_tail(folder / "events.jsonl")
         drop_torn_tail(folder / "metrics.jsonl")
         self._seq = 0

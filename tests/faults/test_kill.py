@@ -23,8 +23,8 @@ import pytest
 from jupiter_engine.api import Workspace
 from jupiter_engine.errors import ExitCode
 from jupiter_engine.orchestrator.engine import Engine
-from jupiter_engine.orchestrator.supervision import RunState
 from jupiter_engine.protocol.commands import StartCycles
+from jupiter_engine.protocol.facts import RunState
 from jupiter_engine.protocol.journal import ENGINE_STAGES, STAGES
 from jupiter_engine.protocol.state import CycleState
 from tests.nano_workspace import make_workspace
