@@ -157,6 +157,8 @@ class Workspace:
                 if refusal is not None:
                     raise rebuild(refusal.kind, refusal.title, refusal.detail, refusal.fix)
                 return
+            # An engine that was just ending itself may not have seen the command.
+            self.ensure_engine()
             time.sleep(0.05)
         raise JupiterError(
             f"the engine did not answer within {timeout_s:.0f} s",

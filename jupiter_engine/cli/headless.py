@@ -101,16 +101,11 @@ async def _serve(workspace: Workspace, narrator: Narrator, command: StartCycles)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt)
     try:
-        busy = next((c for c in engine.state.cycles.values() if c.active()), None)
-        if busy is None or busy.domain != command.domain:
-            submitted = engine.database.submit(command)
-            await engine.step()
-            refusal = engine.database.command_answer(submitted)[1]
-            if refusal is not None:
-                raise rebuild(refusal.kind, refusal.title, refusal.detail, refusal.fix)
-        else:
-            # An engine that was killed left the cycle running: this is the resume.
-            narrator.cycles.append(busy.id)
+        submitted = engine.database.submit(command)
+        await engine.step()
+        refusal = engine.database.command_answer(submitted)[1]
+        if refusal is not None:
+            raise rebuild(refusal.kind, refusal.title, refusal.detail, refusal.fix)
         serving = asyncio.create_task(engine.serve(idle_exit_s=0.0))
         while not serving.done():
             narrator.show()
@@ -124,14 +119,10 @@ async def _serve(workspace: Workspace, narrator: Narrator, command: StartCycles)
 
 
 def _follow(workspace: Workspace, narrator: Narrator, command: StartCycles) -> int:
-    active = next((c for c in workspace.state.cycles.values() if c.active() and c.domain == command.domain), None)
-    if active is None:
-        workspace.perform(command)
-        created = workspace.state.latest_cycle(command.domain)
-        assert created is not None
-        narrator.cycles.append(created.id)
-    else:
-        narrator.cycles.append(active.id)
+    workspace.perform(command)
+    created = workspace.state.latest_cycle(command.domain)
+    assert created is not None
+    narrator.cycles.append(created.id)
     try:
         while True:
             narrator.show()
@@ -154,7 +145,7 @@ def _exit_code(workspace: Workspace, narrator: Narrator) -> int:
         if cycle.status == "failed":
             failure = next(s.failure for s in cycle.stages.values() if s.failure is not None)
             return exit_code_of(failure.kind)
-        if cycle.status in ("paused", "stopped"):
+        if cycle.status != "finished":
             return ExitCode.INTERRUPTED
     last = cycles[-1]
     if last.decision is not None and last.decision.verdict == "not_enough_data":

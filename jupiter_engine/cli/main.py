@@ -29,6 +29,14 @@ def _lazy(module: str, function: str) -> Handler:
     return call
 
 
+def _count(text: str) -> int:
+    """A whole number from 0 that a database can count to."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 2^63")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, complete; docs/commands.md is checked against it."""
     top = argparse.ArgumentParser(
@@ -88,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
     samples.add_argument("--cycle", metavar="ID")
     samples.add_argument("--status", choices=("new", "accepted", "rejected", "reviewed", "unreviewed"))
     samples.add_argument("--search", default="", metavar="TEXT")
-    samples.add_argument("--limit", type=int, default=20, metavar="N")
-    samples.add_argument("--offset", type=int, default=0, metavar="N")
+    samples.add_argument("--limit", type=_count, default=20, metavar="N")
+    samples.add_argument("--offset", type=_count, default=0, metavar="N")
     samples.add_argument("--full", action="store_true", help="print prompt and response whole")
     verdict = samples.add_mutually_exclusive_group()
     verdict.add_argument("--accept", metavar="ID", action="append")
@@ -123,7 +131,12 @@ def report(error: JupiterError) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; returns the documented exit status."""
-    options = parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    for argument in given:
+        if not argument.isprintable() and any("\ud800" <= character <= "\udfff" for character in argument):
+            print(f"Wrong usage: the argument {argument!a} is not valid text", file=sys.stderr)
+            return ExitCode.USAGE
+    options = parser().parse_args(given)
     try:
         with contextlib.ExitStack() as options.resources:
             return int(options.handler(options))
@@ -137,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, a pager) has gone; point stdout away so that the interpreter's last flush is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
+    except OSError as error:
+        print(f"The system refused: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return ExitCode.STAGE_FAILED
 
 
 if __name__ == "__main__":

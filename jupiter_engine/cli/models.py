@@ -37,7 +37,8 @@ def model_folder(workspace: Workspace, name: str | None, domain: str | None) -> 
     own = workspace.root / ".jupiter" / "models" / name
     if own.is_dir():
         return own
-    path = Path(name).expanduser()
+    # os.path's expanduser leaves an unknown ~user as it is instead of failing.
+    path = Path(os.path.expanduser(name))  # noqa: PTH111
     if path.is_dir():
         return path.absolute()
     models = workspace.root / ".jupiter" / "models"

@@ -21,7 +21,7 @@ from jupiter_engine.settings.cluster import launch_spec
 from jupiter_engine.settings.domain import check_paths
 from jupiter_engine.settings.workspace import create, unread
 from jupiter_engine.settings.workspace import new_domain as write_domain
-from jupiter_engine.units import GIB, bytes_text
+from jupiter_engine.units import GIB, bytes_text, plain_text
 
 NEEDED_FREE_BYTES = 4 * GIB
 """One cycle of the embedded default: base and candidate (0.5 GiB each in fp32), two checkpoints of 1.6 GiB."""
@@ -43,7 +43,7 @@ def check(options: argparse.Namespace) -> int:
     else:
         for f in findings:
             mark = {"ok": "ok", "warning": "..", "error": "!!"}[f.level]
-            print(f"{mark} {f.what}: {f.text}" + (f" -> {f.fix}" if f.fix else ""))
+            print(plain_text(f"{mark} {f.what}: {f.text}" + (f" -> {f.fix}" if f.fix else "")))
     errors = [f.exit_code for f in findings if f.level == "error"]
     return errors[0] if errors else ExitCode.DONE
 

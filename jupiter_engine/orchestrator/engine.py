@@ -19,7 +19,7 @@ import msgspec
 from jupiter_engine import __version__
 from jupiter_engine.cluster.placement import require_duties
 from jupiter_engine.errors import JupiterError, StateError, UsageError
-from jupiter_engine.files import ProcessIdentity, write_atomic, write_json
+from jupiter_engine.files import ProcessIdentity, disk_full, write_atomic, write_json
 from jupiter_engine.orchestrator.database import Database
 from jupiter_engine.orchestrator.handlers import CommandHandlers
 from jupiter_engine.orchestrator.plan import OrderWriter, Places, base_name, candidate_of, run_name
@@ -42,6 +42,8 @@ IDLE_EXIT_S = 60.0
 """An engine with nothing to do ends itself; the next command starts another."""
 
 
+HALT_PATIENCE_S = 600.0
+"""A worker that has not come to a safe point by then hangs: it is ended, and continues from its last one."""
 LINGER_S = 30.0
 """A worker that still runs this long after its result is ended."""
 
@@ -79,6 +81,7 @@ class Engine:
         self.remote: Remote = remote or LocalRemote()
         self.state = State()
         self._stage: StageRun | None = None
+        self._halt_since = 0.0
         self._shut_down = False
         self._refresh()
         self._handlers = CommandHandlers(self.root, self.database)
@@ -128,6 +131,11 @@ class Engine:
             return await self._advance(cycle) or did
         except JupiterError as error:
             self._fail(cycle, error)
+            return True
+        except OSError as error:
+            full = disk_full(error, self.root)
+            title = "The workspace cannot be written"
+            self._fail(cycle, full if isinstance(full, JupiterError) else StateError(str(error), title=title))
             return True
 
     def _fail(self, cycle: CycleState, error: JupiterError) -> None:
@@ -198,13 +206,17 @@ class Engine:
         if self._stage is None:
             self._stage = await self._attach(cycle)
         if self._stage is not None:
+            self._halt_since = self._halt_since or time.monotonic()
             await self._stage.ask_halt()
             took = await self._stage.take_in()
             if await self._stage.working():
+                if time.monotonic() - self._halt_since > HALT_PATIENCE_S:
+                    await self._stage.kill()
                 self._refresh()
                 return took
             await self._stage.take_in()
             self._stage = None
+            self._halt_since = 0.0
             self._refresh()
         current = self.state.cycles[cycle.id]
         if current.status == "pausing":
@@ -264,10 +276,10 @@ class Engine:
     async def _begin(self, cycle: CycleState, stage: StageState, settings: DomainSettings) -> None:
         """Start the stage's worker, or take up what an earlier engine left: a result, or a worker still at work."""
         run = self._stage_run(cycle, stage)
-        if stage.status == "running":
+        if stage.status in ("running", "halted"):
             await run.take_in()
+            self._refresh()
             if run.outcome is not None:
-                self._refresh()
                 return
             if await run.working():
                 self._stage = run
@@ -315,7 +327,7 @@ class Engine:
     # -- the engine's own stages -----------------------------------------------------------------
     async def _engine_stage(self, cycle: CycleState, stage: StageState, settings: DomainSettings) -> None:
         run = run_name(cycle.id, stage.stage)
-        if stage.status == "pending":
+        if stage.status in ("pending", "halted"):
             self._append(j.StageStarted(cycle=cycle.id, stage=stage.stage, run=run, attempt=1))
         match stage.stage:
             case "review":
@@ -344,6 +356,12 @@ class Engine:
             answer: Literal["promote", "keep"] = "promote" if decision.verdict == "promote" else "keep"
             self._append(j.DecisionAnswered(cycle=cycle.id, answer=answer, by="gate", override=False))
             cycle = self.state.cycles[cycle.id]
+        active = self.state.active_generator(cycle.domain)
+        if cycle.answer == "promote" and (active is None or active.name != decision.incumbent):
+            raise StateError(
+                f"{candidate.name} was measured against {decision.incumbent}, which is not the generator any more",
+                fix="stop this cycle and start a new one",
+            )
         finished = j.StageFinished(
             cycle=cycle.id, stage="promote", run=run, result={"answer": cycle.answer, "by": cycle.answered_by}
         )
@@ -372,11 +390,15 @@ class Engine:
             j.CycleFinished(cycle=cycle.id, outcome=outcome, report=str(path)),  # type: ignore[arg-type]
         ]
         if cycle.remaining > 0:
-            entries.append(
-                self._handlers.new_cycle(
-                    self.state, cycle.domain, mode=cycle.mode, remaining=cycle.remaining - 1, by=cycle.by
+            mode, remaining = cycle.mode, cycle.remaining - 1
+            try:
+                entries.append(
+                    self._handlers.new_cycle(self.state, cycle.domain, mode=mode, remaining=remaining, by=cycle.by)
                 )
-            )
+            except JupiterError as error:
+                # This cycle is done whatever the settings of the next one look like by now.
+                text = f"the next cycle was not started: {error.sentence()}"
+                entries.append(j.Noted(cycle=cycle.id, stage="report", level="error", text=text))
         self._append(*entries)
 
 

@@ -19,6 +19,11 @@ from jupiter_engine.settings.domain import check_paths, load_domain
 from jupiter_engine.settings.workspace import domain_file
 
 
+def _busy(state: State) -> CycleState | None:
+    """The cycle that holds the workspace: at work, or waiting for a person. At most one does."""
+    return next((x for x in state.cycles.values() if x.status in ("running", "pausing", "stopping")), None)
+
+
 class CommandHandlers:
     """Each handler returns the entries to append; a refusal is a JupiterError and appends nothing."""
 
@@ -51,8 +56,8 @@ class CommandHandlers:
     def _start(self, command: c.StartCycles, state: State) -> list[j.AnyEntry]:
         if command.cycles < 1:
             raise UsageError(f"cycles must be 1 or more, not {command.cycles}")
-        busy = next((x for x in state.cycles.values() if x.active() or x.waiting_for), None)
-        if busy is not None and busy.waiting_for and busy.domain == command.domain and command.mode == "auto":
+        busy = _busy(state)
+        if busy is not None and busy.status == "running" and busy.domain == command.domain and command.mode == "auto":
             return [self._continued(busy, command)]
         if busy is not None and busy.domain != command.domain:
             raise UsageError(
@@ -69,18 +74,32 @@ class CommandHandlers:
             return [self._continued(unfinished[-1], command)]
         return [self.new_cycle(state, command.domain, mode=command.mode, remaining=command.cycles - 1, by=command.by)]
 
-    @staticmethod
-    def _continued(cycle: CycleState, command: c.StartCycles) -> j.CycleStatus:
+    def _continued(self, cycle: CycleState, command: c.StartCycles) -> j.CycleStatus:
         """An unfinished cycle counts as the first of those asked for."""
         return j.CycleStatus(
-            cycle=cycle.id, status="running", by=command.by, mode=command.mode, remaining=command.cycles - 1
+            cycle=cycle.id,
+            status="running",
+            by=command.by,
+            mode=command.mode,
+            remaining=command.cycles - 1,
+            settings=self._corrected(cycle),
         )
+
+    def _corrected(self, cycle: CycleState) -> dict[str, Any] | None:
+        """Today's settings for a failed cycle that has not sealed its training data: the mend of most failures."""
+        if cycle.status != "failed" or cycle.stages["queue"].status == "done":
+            return None
+        return self._settings(cycle.domain)
+
+    def _settings(self, domain: str) -> dict[str, Any]:
+        loaded = load_domain(domain_file(self._root, domain))
+        check_paths(loaded)
+        settings: dict[str, Any] = msgspec.to_builtins(loaded.value)
+        return settings
 
     def new_cycle(self, state: State, domain: str, *, mode: c.Mode, remaining: int, by: str) -> j.CycleCreated:
         """The next cycle of the domain with today's settings, which it keeps to its end."""
-        loaded = load_domain(domain_file(self._root, domain))
-        check_paths(loaded)
-        settings = loaded.value
+        settings = self._settings(domain)
         number = 1 + max((x.number for x in state.cycles.values() if x.domain == domain), default=0)
         return j.CycleCreated(
             cycle=f"{domain}-{number:04d}",
@@ -88,7 +107,7 @@ class CommandHandlers:
             number=number,
             mode=mode,
             remaining=remaining,
-            settings=msgspec.to_builtins(settings),
+            settings=settings,
             by=by,
         )
 
@@ -104,20 +123,22 @@ class CommandHandlers:
         cycle = self._cycle(command.cycle, state)
         if cycle.status != "running":
             raise UsageError(f"cycle {cycle.id} is {cycle.status}, not running")
-        return [j.CycleStatus(cycle=cycle.id, status="pausing", by=command.by)]
+        # One that waits for a person has no worker to bring to rest.
+        return [j.CycleStatus(cycle=cycle.id, status="paused" if cycle.waiting_for else "pausing", by=command.by)]
 
     def _resume(self, cycle_id: str, by: str, state: State) -> list[j.AnyEntry]:
         cycle = self._cycle(cycle_id, state)
         if cycle.status not in ("paused", "stopped", "failed"):
             raise UsageError(f"cycle {cycle.id} is {cycle.status}: there is nothing to resume")
-        busy = next((x for x in state.cycles.values() if x.active()), None)
+        busy = _busy(state)
         if busy is not None:
-            raise UsageError(f"cycle {busy.id} is running on this workspace", fix="stop or pause it first")
-        return [j.CycleStatus(cycle=cycle.id, status="running", by=by)]
+            waits = f" and waits for a {busy.waiting_for}" if busy.waiting_for else ""
+            raise UsageError(f"cycle {busy.id} is {busy.status}{waits} on this workspace", fix="stop or pause it first")
+        return [j.CycleStatus(cycle=cycle.id, status="running", by=by, settings=self._corrected(cycle))]
 
     def _stop(self, command: c.Stop, state: State) -> list[j.AnyEntry]:
         cycle = self._cycle(command.cycle, state)
-        if cycle.status in ("finished", "stopped"):
+        if cycle.status in ("finished", "stopped", "stopping"):
             raise UsageError(f"cycle {cycle.id} is already {cycle.status}")
         status = "stopping" if cycle.status in ("running", "pausing") and not cycle.waiting_for else "stopped"
         return [j.CycleStatus(cycle=cycle.id, status=status, by=command.by)]  # type: ignore[arg-type]
@@ -176,9 +197,12 @@ class CommandHandlers:
         active = state.active_generator(command.domain)
         if active is None:
             raise UsageError(f"domain {command.domain!r} has no generator yet", fix="run a cycle first")
-        busy = next((x for x in state.cycles.values() if x.domain == command.domain and x.active()), None)
+        unfinished = (x for x in state.cycles.values() if x.status not in ("finished", "stopped"))
+        busy = next((x for x in unfinished if x.domain == command.domain), None)
         if busy is not None:
-            raise UsageError(f"cycle {busy.id} is using the generator", fix="stop or pause it first")
+            raise UsageError(
+                f"cycle {busy.id} is {busy.status} and measured against the generator", fix="stop it first"
+            )
         name = command.to or active.parent
         if name is None:
             raise UsageError(f"{active.name} is the base: there is nothing before it")

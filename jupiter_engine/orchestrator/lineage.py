@@ -6,6 +6,7 @@ import msgspec
 
 from jupiter_engine.errors import UsageError
 from jupiter_engine.orchestrator.database import Database, SampleView
+from jupiter_engine.orchestrator.plan import run_name
 from jupiter_engine.protocol.rows import Chunk, Document, Item
 from jupiter_engine.protocol.state import State
 
@@ -61,7 +62,11 @@ def _of_sample(database: Database, state: State, view: SampleView) -> Lineage:
             f"{view.reviewer} {'accepted' if view.review == 'accept' else 'rejected'} it"
             + (f": {view.review_reason}." if view.review_reason else ".")
         )
-    trained = _trained_in(state, view.domain, sample.cycle) if view.status == "accepted" else ()
+    trained = tuple(
+        cycle
+        for cycle in _trained_in(state, view.domain, sample.cycle)
+        if _was_accepted_for(database, cycle, sample.id)
+    )
     sentences.append(
         f"It belongs to the data that cycles {', '.join(trained)} drew their training snapshot from."
         if trained
@@ -118,6 +123,12 @@ def _of_row(database: Database, state: State, domain: str, what: str, row: objec
         trained_in=trained,
         sentences=tuple(sentences),
     )
+
+
+def _was_accepted_for(database: Database, cycle: str, sample_id: str) -> bool:
+    """Whether the sample was among those that the cycle's snapshot was drawn from: verdicts may change afterwards."""
+    path = database.path.parent / "runs" / run_name(cycle, "queue") / "accepted.jsonl"
+    return path.exists() and f'"id":"{sample_id}"'.encode() in path.read_bytes()
 
 
 def _trained_in(state: State, domain: str, since: int) -> tuple[str, ...]:

@@ -67,6 +67,8 @@ def _apply_to_cycle(entry: j.AnyEntry, at: float, cycle: CycleState, state: Stat
             if entry.stage == "collect":
                 # A reused collection adds no rows; its counts come from the result.
                 cycle.counts.update({k: int(entry.result.get(k, 0)) for k in ("documents", "chunks", "items")})
+        case j.StageHalted():
+            cycle.stages[entry.stage].status = "halted"
         case j.StageFailed():
             stage = cycle.stages[entry.stage]
             stage.status, stage.ended_at = "failed", at
@@ -76,8 +78,9 @@ def _apply_to_cycle(entry: j.AnyEntry, at: float, cycle: CycleState, state: Stat
         case j.CycleStatus():
             cycle.status = entry.status
             cycle.mode = entry.mode or cycle.mode
-            if entry.mode == "auto":
-                # Nobody is asked any more: what waited for a person goes on by the rules.
+            cycle.settings = entry.settings or cycle.settings
+            if entry.mode == "auto" or entry.status in ("paused", "stopped"):
+                # In auto mode nobody is asked any more; a cycle at rest asks again once it is resumed.
                 cycle.waiting_for = ""
             if entry.remaining is not None:
                 cycle.remaining = entry.remaining

@@ -51,17 +51,21 @@ class StageRun:
         self.halted = False
 
     async def begin(self, order: AnyOrder, *, attempt: int) -> None:
-        """Write the order (once) and start a worker, or re-attach to the one that is still at work."""
+        """Write the order and start a worker, or re-attach to the one that is still at work."""
         spec = self.folder / "spec.json"
-        if not await self._remote.read(spec):
-            await self._remote.write(spec, msgspec.json.encode(order))
+        written, wanted = await self._remote.read(spec), msgspec.json.encode(order)
         with self._database.transaction():
             self._database.add_run(self.run, self._domain, self._number, self.stage)
+            if not written:
+                # A folder that was removed to redo the stage: its facts are counted anew.
+                self._database.set_run_position(self.run, 0, 0)
             self._database.append(
                 journal.StageStarted(cycle=self.cycle, stage=self.stage, run=self.run, attempt=attempt)
             )
         self._process = await self._living_worker()
         if self._process is None:
+            if written != wanted:
+                await self._remote.write(spec, wanted)
             await self._remote.remove(self.folder / "inbox" / "halt")
             self.halted = False
             self._process = await self._remote.start(
@@ -141,6 +145,7 @@ class StageRun:
                 self.append_failure(fact.kind, fact.title, fact.detail, fact.fix)
             case facts.Halted():
                 self.halted = True
+                self._database.append(journal.StageHalted(cycle=self.cycle, stage=self.stage, run=self.run))
 
     def append_failure(self, kind: str, title: str, detail: str, fix: str) -> None:
         self._database.append(

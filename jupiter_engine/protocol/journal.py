@@ -64,6 +64,14 @@ class StageFinished(Entry, frozen=True, kw_only=True, tag="stage_finished"):
     result: dict[str, Any]
 
 
+class StageHalted(Entry, frozen=True, kw_only=True, tag="stage_halted"):
+    """The stage's worker stopped at a safe point because it was asked to; starting it again continues."""
+
+    cycle: str
+    stage: str
+    run: str
+
+
 class StageFailed(Entry, frozen=True, kw_only=True, tag="stage_failed"):
     cycle: str
     stage: str
@@ -82,6 +90,8 @@ class CycleStatus(Entry, frozen=True, kw_only=True, tag="cycle_status"):
     """A new mode for the rest of the cycle; None: as before."""
     remaining: int | None = None
     """A new number of cycles to follow; None: as before."""
+    settings: dict[str, Any] | None = None
+    """Settings read anew (a failed cycle that has not trained yet takes corrected ones); None: as before."""
 
 
 class CycleWaits(Entry, frozen=True, kw_only=True, tag="cycle_waits"):
@@ -157,6 +167,7 @@ AnyEntry = (
     | CycleCreated
     | StageStarted
     | StageFinished
+    | StageHalted
     | StageFailed
     | CycleStatus
     | CycleWaits

@@ -52,14 +52,15 @@ def find_workspace(explicit: Path | None, environ: Mapping[str, str], cwd: Path)
     """Where the workspace is; the folder need not exist yet.
 
     In this order: `explicit` (--workspace), $JUPITER_HOME, `cwd` if it holds config/cluster.yaml,
-    ~/.jupiter. The result is absolute.
+    ~/.jupiter. The result is absolute. Jupiter's own source checkout, whose config/ is what is
+    shipped, is no workspace.
     """
     if explicit is not None:
         return cwd / explicit
     home = environ.get("JUPITER_HOME", "")
     if home:
         return cwd / Path(home).expanduser()
-    if _has_cluster_file(cwd):
+    if _has_cluster_file(cwd) and (cwd / "config").resolve() != shipped_folder().resolve():
         return cwd
     return Path(environ.get("HOME") or Path.home()).absolute() / ".jupiter"
 

@@ -58,9 +58,13 @@ class RunContext:
         drop_torn_tail(folder / "events.jsonl")
         drop_torn_tail(folder / "metrics.jsonl")
         self._seq = 0
+        announced: dict[str, int] = {}
         if (folder / "events.jsonl").exists():
             for line, _ in whole_lines(folder / "events.jsonl"):
-                self._seq = facts.decoder.decode(line).seq
+                fact = facts.decoder.decode(line)
+                self._seq = fact.seq
+                if isinstance(fact, facts.Records):
+                    announced[fact.table] = fact.offset_bytes + fact.length_bytes
         self._events = (folder / "events.jsonl").open("ab")
         self._files: dict[str, IO[bytes]] = {}
         self._progress_at = 0.0
@@ -72,6 +76,16 @@ class RunContext:
             host=socket.gethostname(),
             versions={"jupiter": __version__, "python": platform.python_version()},
         )
+        self._announce_rest(announced)
+
+    def _announce_rest(self, announced: dict[str, int]) -> None:
+        """Report rows that an earlier attempt wrote but was killed before it could report."""
+        for table in TABLES:
+            path, start = self.results(table), announced.get(table, 0)
+            drop_torn_tail(path)
+            if path.exists() and (length := path.stat().st_size - start) > 0:
+                count = sum(1 for _ in whole_lines(path, start))
+                self._emit(facts.Records, table=table, offset_bytes=start, length_bytes=length, count=count)
 
     # -- facts -----------------------------------------------------------------------------------
     def _emit(self, fact: type[facts.Fact], /, **fields: Any) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import msgspec
 import pytest
 
+from jupiter_engine.orchestrator.lineage import trace
 from jupiter_engine.orchestrator.plan import look_number, start_of_training
 from jupiter_engine.orchestrator.state import apply
 from jupiter_engine.protocol.commands import Decide, FinishReview, Pause, Resume, Review, Rollback, StartCycles, Stop
 from jupiter_engine.protocol.journal import ENGINE_STAGES, STAGES
-from jupiter_engine.protocol.orders import EvaluateOrder, GenerateOrder, TrainOrder
+from jupiter_engine.protocol.orders import CollectOrder, EvaluateOrder, GenerateOrder, TrainOrder
 from jupiter_engine.protocol.state import State
 from tests.orchestrator.conftest import Rig
 from tests.orchestrator.scripted_worker import SAMPLES
@@ -306,3 +309,107 @@ async def test_rows_that_a_worker_claims_but_did_not_write_are_an_error(rig: Rig
     assert failure is not None
     assert failure.kind == "StateError"
     assert rig.engine.database.count_samples() == 0
+
+
+@pytest.mark.parametrize("command", [Pause, Stop])
+async def test_a_waiting_cycle_comes_to_rest_at_once_and_asks_again(rig: Rig, command: type[Pause | Stop]) -> None:
+    rig.ask(INTERACTIVE)
+    await rig.steps()
+    assert rig.cycle().waiting_for == "decision"
+    assert rig.ask(command(cycle="python-0001")) is None
+    assert rig.cycle().status == ("paused" if command is Pause else "stopped")
+    assert rig.cycle().waiting_for == ""
+    assert "does not wait for a decision" in str(rig.ask(Decide(cycle="python-0001", answer="keep")))
+    assert rig.ask(Resume(cycle="python-0001")) is None
+    await rig.steps()
+    assert rig.cycle().waiting_for == "decision"
+
+
+async def test_only_one_cycle_holds_the_workspace(rig: Rig) -> None:
+    rig.worker.hold_stage = "train"
+    rig.ask(AUTO)
+    await rig.steps()
+    rig.ask(Stop(cycle="python-0001"))
+    assert "already stopping" in str(rig.ask(Stop(cycle="python-0001")))
+    await rig.engine.step()
+    rig.worker.halt()
+    rig.remote.die()
+    await rig.steps()
+    rig.ask(INTERACTIVE)
+    await rig.steps()
+    assert rig.cycle("python-0002").waiting_for == "decision"
+    assert "waits for a decision" in str(rig.ask(Resume(cycle="python-0001")))
+    assert "measured against" in str(rig.ask(Rollback(domain="python")))
+
+
+async def test_auto_takes_over_a_running_interactive_cycle(rig: Rig) -> None:
+    rig.worker.hold_stage = "train"
+    rig.ask(INTERACTIVE)
+    await rig.steps()
+    assert rig.ask(StartCycles(domain="python", cycles=2, mode="auto")) is None
+    rig.worker.release()
+    rig.remote.die()
+    await rig.steps()
+    assert [c.outcome for c in rig.engine.state.cycles.values()] == ["promoted", "promoted"]
+
+
+async def test_a_result_that_came_while_pausing_is_not_done_twice(rig: Rig) -> None:
+    rig.worker.hold_stage = "train"
+    rig.ask(AUTO)
+    await rig.steps()
+    rig.ask(Pause(cycle="python-0001"))
+    rig.worker.release()
+    rig.remote.die()
+    rig.kill_engine()
+    await rig.steps()
+    assert rig.cycle().status == "paused"
+    rig.ask(Resume(cycle="python-0001"))
+    await rig.steps()
+    assert rig.worker.finished.count("python-0001-train") == 1
+    assert rig.cycle().status == "finished"
+
+
+async def test_a_removed_run_folder_is_done_again(rig: Rig) -> None:
+    rig.worker.fail_stage = "collect"
+    rig.ask(AUTO)
+    await rig.steps()
+    shutil.rmtree(rig.root / ".jupiter/runs/python-0001-collect")
+    rig.worker.fail_stage = None
+    rig.ask(Resume(cycle="python-0001"))
+    await rig.steps()
+    assert rig.cycle().status == "finished"
+
+
+async def test_a_failed_cycle_takes_corrected_settings(rig: Rig) -> None:
+    rig.worker.fail_stage = "collect"
+    rig.ask(AUTO)
+    await rig.steps()
+    path = rig.root / "config/domains/python.yaml"
+    path.write_text(path.read_text().replace("max_bytes: 4_000_000", "max_bytes: 5_000_000"))
+    rig.worker.fail_stage = None
+    rig.ask(AUTO)
+    await rig.steps()
+    collect = [order for order in rig.worker.orders if isinstance(order, CollectOrder)]
+    assert [order.sources[1].max_bytes for order in collect] == [4_000_000, 5_000_000]
+
+
+async def test_a_halt_is_not_counted_as_a_crash(rig: Rig) -> None:
+    rig.ask(AUTO)
+    for _ in range(5):
+        rig.worker.hold_stage = "train"
+        await rig.steps()
+        rig.worker.halt()
+        rig.remote.die()
+        rig.kill_engine()
+    await rig.steps()
+    assert rig.cycle().status == "finished"
+    assert rig.cycle().stages["train"].attempt == 1
+
+
+async def test_why_tells_what_was_trained_upon_whatever_is_decided_later(rig: Rig) -> None:
+    rig.ask(AUTO)
+    await rig.steps()
+    rig.ask(Review(sample="s0101", verdict="reject", reason="late"))
+    rig.ask(Review(sample="s0100", verdict="accept"))
+    assert trace(rig.engine.database, rig.engine.state, "s0101").trained_in == ("python-0001",)
+    assert trace(rig.engine.database, rig.engine.state, "s0100").trained_in == ()
