@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -41,11 +42,19 @@ class Narrator:
         if isinstance(recorded.entry, j.CycleStatus) and recorded.entry.cycle not in self.cycles:
             self.cycles.append(recorded.entry.cycle)
         if self._json:
-            print(msgspec.json.encode(recorded).decode(), flush=True)
+            self._print(msgspec.json.encode(recorded).decode())
             return
         text = sentence(recorded.entry)
         if text is not None:
-            print(f"{time.strftime('%H:%M:%S', time.localtime(recorded.at))}  {text}", flush=True)
+            self._print(f"{time.strftime('%H:%M:%S', time.localtime(recorded.at))}  {text}")
+
+    @staticmethod
+    def _print(text: str) -> None:
+        """One line; a reader that has gone (head, a closed pager) does not end the work."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _progress(self) -> None:
         if time.monotonic() - self._progress_at < PROGRESS_EVERY_S:
@@ -61,9 +70,9 @@ class Narrator:
         self._progress_seq = (progress.seq, stage.run)
         if self._json:
             event = {"at": progress.at, "stage": stage.stage, "run": stage.run, "progress": progress}
-            print(msgspec.json.encode(event).decode(), flush=True)
+            self._print(msgspec.json.encode(event).decode())
         else:
-            print(f"{time.strftime('%H:%M:%S')}    {progress_text(stage.stage, progress)}", flush=True)
+            self._print(f"{time.strftime('%H:%M:%S')}    {progress_text(stage.stage, progress)}")
 
 
 def run_auto(root: Path, domain: str, cycles: int, json: bool) -> int:  # noqa: FBT001 - called by keyword
