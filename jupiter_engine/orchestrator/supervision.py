@@ -23,7 +23,7 @@ WORKER_ENV = {
     # Nothing in a cycle may reach for a hub behind the user's back.
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Spinning OpenMP threads starve each other when anything else wants a core (seen: 50 times slower).
+    # Spinning OpenMP threads hold cores that others (and their own partners) want; see docs/experiments/log.md.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 STOP_GRACE_S = 60.0
