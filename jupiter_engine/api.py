@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from jupiter_engine.cluster.probe import NodeFacts, probe_local
+from jupiter_engine.cluster.probe import probe_local
 from jupiter_engine.errors import ConfigError, JupiterError, rebuild
 from jupiter_engine.orchestrator import process
 from jupiter_engine.orchestrator.database import Database, Recorded, SampleView
@@ -26,6 +26,7 @@ from jupiter_engine.orchestrator.sentences import progress_text, result_text, se
 from jupiter_engine.orchestrator.state import apply
 from jupiter_engine.protocol.commands import AnyCommand
 from jupiter_engine.protocol.facts import Metric, Progress
+from jupiter_engine.protocol.fleet import NodeFacts
 from jupiter_engine.protocol.rows import Chunk, Document
 from jupiter_engine.protocol.state import CycleState, State
 from jupiter_engine.settings.cluster import ClusterSettings, load_cluster

@@ -7,30 +7,10 @@ import shutil
 import socket
 from pathlib import Path
 
-import msgspec
 import psutil
 
+from jupiter_engine.protocol.fleet import NodeFacts
 from jupiter_engine.protocol.specs import Twin
-
-
-class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
-    name: str
-    host: str
-    system: str
-    """Operating system, release and machine type."""
-    chip: str
-    cores: int
-    cpu_percent: float
-    """Over the time since the previous reading, all cores = 100."""
-    memory_total_bytes: int
-    memory_used_bytes: int
-    disk_free_bytes: int
-    """On the workspace's disk."""
-    load_1m: float
-    python: str
-    twin: Twin
-    accelerator: str
-    """Metal, CUDA or cpu."""
 
 
 def choose_twin() -> Twin:

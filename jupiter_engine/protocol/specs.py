@@ -180,14 +180,42 @@ class Recipe(Spec, frozen=True, kw_only=True):
     """Start of all random choices of the domain: split, data order, sampling."""
 
 
+class HostSpec(Spec, frozen=True, kw_only=True):
+    """One machine of a group, as the machine that leads the group sees it. Ranks are numbered in order of hosts."""
+
+    name: str
+    ssh: str
+    """Name in the group's `ssh_config`; empty for the leading machine itself."""
+    ranks: Count
+    runner: tuple[str, ...]
+    """How the node runner is started there: (python, file)."""
+    python: str
+    """The ranks' interpreter there."""
+    run_folder: str
+    """The run's folder there."""
+    addresses: tuple[str, ...]
+    """Addresses for the ranks' own connections; several: several links (ring)."""
+    rdma: tuple[str | tuple[str, ...] | None, ...] = ()
+    """jaccl: RDMA device(s) towards each host in order, None towards itself."""
+
+
 class LaunchSpec(Spec, frozen=True, kw_only=True):
-    """How the ranks of a training group are started on this machine."""
+    """How the ranks of a training group are started."""
 
     twin: Twin
     ranks: Count = 1
-    launcher: Literal["in_process", "torchrun", "mlx.launch"] = "in_process"
+    """Over all hosts."""
+    launcher: Literal["in_process", "torchrun", "mlx.launch", "direct"] = "in_process"
     threads_per_rank: CountOrZero = 0
     """CPU threads of one rank; 0 leaves the choice to the framework."""
+    backend: Literal["ring", "jaccl", "jaccl-ring", "gloo", "nccl", ""] = ""
+    """How the ranks talk; empty: ring or gloo on this machine."""
+    hosts: tuple[HostSpec, ...] = ()
+    """The machines, the leading one first; empty: this machine alone."""
+    ssh_config: str = ""
+    """The leading machine's file that says how the others are reached."""
+    restarts_per_hour: CountOrZero = 5
+    """How often the ranks may be started again within an hour."""
 
 
 class EvaluationSpec(Spec, frozen=True, kw_only=True):

@@ -52,6 +52,17 @@ class NodeSpec(Spec, frozen=True, kw_only=True):
     """User on a remote machine; left out: ssh's own choice."""
     ssh_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
     """ssh port of a remote machine; left out: ssh's own choice."""
+    identity: str | None = None
+    """File of the private key for a remote machine; left out: agent and ssh's own choice. Never a password."""
+    jump: str | None = None
+    """Host to go through, as `ssh -J` takes it: an alias of ~/.ssh/config or user@host:port."""
+    python: str | None = None
+    """Python on the machine, by path; left out: the newest one found that fits."""
+    workdir: str = "~/.jupiter"
+    """Folder on a remote machine under which Jupiter keeps everything of its own."""
+    environment: Literal["push", "own"] = "push"
+    """`push`: Jupiter builds the machine's environment from its own lock. `own`: `python` has everything
+    already and is used as it is."""
     can_generate: bool | None = None
     """false: takes generating away from a `hybrid`."""
     can_train: bool | None = None
@@ -74,6 +85,23 @@ class NodeSpec(Spec, frozen=True, kw_only=True):
         return ABILITIES[self.role] - taken
 
 
+class GroupSpec(Spec, frozen=True, kw_only=True):
+    """Machines that train as one: every step combines their gradients."""
+
+    name: str
+    """What people call it."""
+    nodes: tuple[str, ...]
+    """Names (or hosts) of the machines, the one that leads first."""
+    launcher: Literal["auto", "torchrun", "mlx.launch", "direct"] = "auto"
+    """`auto`: mlx.launch for MLX, torchrun for torch; `direct`: Jupiter's node runners start the ranks themselves."""
+    backend: Literal["auto", "ring", "jaccl", "jaccl-ring", "gloo", "nccl"] = "auto"
+    """How the ranks talk; `auto`: the fastest that the machines' connections allow."""
+    over: Literal["auto", "thunderbolt", "ethernet"] = "auto"
+    """Network of the ranks; `auto`: Thunderbolt where all of them are wired with it."""
+    ranks_per_node: Count = 1
+    """Training processes on each machine."""
+
+
 class LaunchSettings(Spec, frozen=True, kw_only=True):
     """How training is started."""
 
@@ -81,8 +109,10 @@ class LaunchSettings(Spec, frozen=True, kw_only=True):
     """Framework: `auto` takes MLX on Apple silicon and torch everywhere else."""
     ranks: Count = 1
     """Training processes; several share one batch."""
-    launcher: Literal["auto", "in_process", "torchrun", "mlx.launch"] = "auto"
-    """`auto`: in_process for one rank, else torchrun for torch and mlx.launch for MLX."""
+    launcher: Literal["auto", "in_process", "torchrun", "mlx.launch", "direct"] = "auto"
+    """`auto`: in_process for one rank, else torchrun for torch and mlx.launch for MLX; a group may say otherwise."""
+    group: str | None = None
+    """Which of `groups` trains; left out: the first one, or this machine where there is none."""
     threads_per_rank: CountOrZero = 0
     """CPU threads of one rank; 0 leaves the choice to the framework."""
 
@@ -92,6 +122,21 @@ class RetrySettings(Spec, frozen=True, kw_only=True):
 
     worker_restarts: Annotated[int, Meta(ge=0, le=100)] = 2
     """How often a worker that died without a reason of its own is started again before the stage fails."""
+    group_restarts_per_hour: CountOrZero = 5
+    """How often a group of ranks may be started again from its last checkpoint within an hour."""
+    node_lost_after_s: Positive = 120.0
+    """A machine of a training group that has not answered for so long is left out, if the others can go on."""
+
+
+class ConnectionSettings(Spec, frozen=True, kw_only=True):
+    """How remote machines are called."""
+
+    connect_timeout_s: Positive = 10.0
+    """A machine that has not answered by then counts as unreachable."""
+    keepalive_s: Positive = 5.0
+    """A question to every connected machine so often; three without an answer end the connection."""
+    reconnect_max_s: Positive = 30.0
+    """Longest pause between two calls of a lost machine; the first is half a second, then it doubles."""
 
 
 class ClusterSettings(Spec, frozen=True, kw_only=True):
@@ -101,7 +146,10 @@ class ClusterSettings(Spec, frozen=True, kw_only=True):
     """Version of this file's form."""
     nodes: tuple[NodeSpec, ...] = (NodeSpec(),)
     """The machines; left out: this one."""
+    groups: tuple[GroupSpec, ...] = ()
+    """Machines that train together; left out: this machine trains alone."""
     launch: LaunchSettings = LaunchSettings()
+    connection: ConnectionSettings = ConnectionSettings()
     retries: RetrySettings = RetrySettings()
 
 
