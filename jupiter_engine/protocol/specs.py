@@ -197,6 +197,8 @@ class HostSpec(Spec, frozen=True, kw_only=True):
     """Addresses for the ranks' own connections; several: several links (ring)."""
     rdma: tuple[str | tuple[str, ...] | None, ...] = ()
     """jaccl: RDMA device(s) towards each host in order, None towards itself."""
+    env: dict[str, str] = {}
+    """Further environment of the ranks there (where their code lies)."""
 
 
 class LaunchSpec(Spec, frozen=True, kw_only=True):
@@ -216,6 +218,11 @@ class LaunchSpec(Spec, frozen=True, kw_only=True):
     """The leading machine's file that says how the others are reached."""
     restarts_per_hour: CountOrZero = 5
     """How often the ranks may be started again within an hour."""
+    host_lost_after_s: Positive = 120.0
+    """A host that could not be reached for so long is left out, if others remain."""
+
+    def most_ranks_of_a_host(self) -> int:
+        return max((host.ranks for host in self.hosts), default=self.ranks)
 
 
 class EvaluationSpec(Spec, frozen=True, kw_only=True):

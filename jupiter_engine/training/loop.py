@@ -109,11 +109,16 @@ class Trainer(Protocol):
 
 
 class Reporter(Protocol):
-    """Where the loop tells what happens; only rank 0's is heard."""
+    """Where the loop tells what happens; of all but `at` only rank 0's is heard."""
 
     def metric(self, metric: Metric) -> None: ...
 
     def progress(self, done: int, total: int, note: str) -> None: ...
+
+    def at(self, step: int, *, waiting: bool) -> None:
+        """This rank works on `step` (counted from 0), or has done its part and waits for the others. Every rank's is
+        heard: whoever is behind when all stand still is the one the others wait for."""
+        ...
 
     def note(self, text: str, level: str = "info") -> None: ...
 
@@ -245,6 +250,7 @@ class Training:
     def _one_step(self) -> bool:
         recipe, trainer, step = self._recipe, self._trainer, self._step
         began = time.perf_counter()
+        self._reporter.at(step, waiting=False)
         tokens = self._step_tokens[step]
         loss_sum, failure = 0.0, None
         try:
@@ -254,6 +260,7 @@ class Training:
         except Exception as error:  # noqa: BLE001 - the other ranks wait for this one: they are told first, then it is raised
             failure = error
         halt = trainer.rank == 0 and self._reporter.halt_asked()
+        self._reporter.at(step, waiting=True)
         said = trainer.exchange([float(halt), float(failure is not None), loss_sum, time.perf_counter() - began])
         if failure is not None:
             raise failure

@@ -34,6 +34,7 @@ from jupiter_engine.files import read_json, require_free, sha256_file, write_jso
 from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.orders import TrainOrder
 from jupiter_engine.protocol.shapes import Shape, weight_bytes
+from jupiter_engine.training.distributed.hosts import ranks_asked_for
 from jupiter_engine.training.distributed.supervise import Supervisor
 from jupiter_engine.training.loop import Reporter, Training, TrainingData, recipe_sha256
 from jupiter_engine.training.model.presets import preset_shape, write_scratch
@@ -116,6 +117,9 @@ class ContextReporter:
 
     def progress(self, done: int, total: int, note: str) -> None:
         self._context.progress(done, total, "steps", note)
+
+    def at(self, step: int, *, waiting: bool) -> None:
+        """One rank waits for nobody."""
 
     def note(self, text: str, level: str = "info") -> None:
         self._context.note(text, level)
@@ -226,7 +230,7 @@ def _require_room(
     needed = max(plan.disk - stored, plan.target) + _SPARE_BYTES
     needed += weight_bytes(start, "float32") if start is not None else 0
     require_free(folder, needed, "training (checkpoints and the trained model)")
-    memory, total = plan.memory * order.launch.ranks, psutil.virtual_memory().total
+    memory, total = plan.memory * order.launch.most_ranks_of_a_host(), psutil.virtual_memory().total
     if memory > total:
         raise NoUsableNode(
             f"training {plan.parameters / 1e6:.0f}M parameters needs about {bytes_text(memory)} of memory, "
@@ -248,9 +252,10 @@ def _announce(context: RunContext, job: Job) -> None:
         f"{bytes_text(plan.disk)} of disk"
     )
     available = psutil.virtual_memory().available
-    if plan.memory * ranks > available:
+    here = job.order.launch.hosts[0].ranks if job.order.launch.hosts else ranks
+    if plan.memory * here > available:
         context.note(
-            f"The plan needs {bytes_text(plan.memory * ranks)} of memory, {bytes_text(available)} are available: "
+            f"The plan needs {bytes_text(plan.memory * here)} of memory, {bytes_text(available)} are available: "
             "training may be slow or be ended by the system. Lower micro_batch_sequences or choose a smaller model",
             "warning",
         )
@@ -275,8 +280,9 @@ def train_here(job: Job, reporter: RunReporter, *, joined: bool = False) -> Endi
         os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
     twin = importlib.import_module(f"jupiter_engine.backends.{order.launch.twin}.train")
     group = twin.join_group() if joined else None
-    if group is not None and group.ranks != order.launch.ranks:
-        raise StateError(f"{group.ranks} ranks were started, the order asks for {order.launch.ranks}")
+    wanted = ranks_asked_for(order.launch)
+    if group is not None and group.ranks != wanted:
+        raise StateError(f"{group.ranks} ranks were started, {wanted} were asked for")
     if group is not None and group.rank > 0:
         training = _training(job, reporter, twin, group, None, None)
         training.run()

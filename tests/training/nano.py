@@ -99,6 +99,9 @@ class Listener:
     def progress(self, done: int, total: int, note: str) -> None:
         pass
 
+    def at(self, step: int, *, waiting: bool) -> None:
+        pass
+
     def note(self, text: str, level: str = "info") -> None:
         self.notes.append(f"{level}: {text}")
 

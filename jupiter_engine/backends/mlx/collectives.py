@@ -8,6 +8,7 @@ gives wrong numbers without an error.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -39,11 +40,12 @@ class Alone:
 
 
 class RingGroup(Alone):
-    """The ring that MLX_RANK and MLX_HOSTFILE describe (mlx.launch sets both)."""
+    """The group that MLX_RANK and MLX_HOSTFILE (jaccl: MLX_IBV_DEVICES) describe; the launcher sets them."""
 
     def __init__(self) -> None:
-        # strict: without it a missing host file gives a silent group of one.
-        self._group = mx.distributed.init(strict=True, backend="ring")
+        backend = os.environ.get("JUPITER_BACKEND") or "ring"
+        # strict: without it a missing host file gives a silent group of one. jaccl-ring is jaccl with MLX_JACCL_RING.
+        self._group = mx.distributed.init(strict=True, backend="jaccl" if backend.startswith("jaccl") else "ring")
         self.rank, self.ranks = self._group.rank(), self._group.size()
 
     def _sum(self, array: mx.array) -> mx.array:

@@ -40,6 +40,13 @@ class Begun(Report, frozen=True, kw_only=True, tag="begun"):
     step: int
 
 
+class At(Report, frozen=True, kw_only=True, tag="at"):
+    """Where a rank is: at work on a step (counted from 0), or waiting in it for the others."""
+
+    step: int
+    waiting: bool
+
+
 class Step(Report, frozen=True, kw_only=True, tag="step"):
     metric: Metric
 
@@ -72,7 +79,7 @@ class Crashed(Report, frozen=True, kw_only=True, tag="crashed"):
     text: str
 
 
-AnyReport = Ready | Begun | Step | Said | Done | HaltedHere | Failed | Crashed
+AnyReport = Ready | Begun | At | Step | Said | Done | HaltedHere | Failed | Crashed
 
 _decoder = msgspec.json.Decoder(AnyReport)
 

@@ -1,9 +1,11 @@
 """Keeps one group of ranks training: starts it, relays what it reports, restarts it from the last checkpoint.
 
-A launcher's exit status says nothing (mlx.launch ends with 0 whatever its ranks
-did): the run is complete only when rank 0 has reported so. Nothing here has to
-survive: after a kill of supervisor, launcher or any rank the next supervisor
-ends what is left and goes on from the newest checkpoint.
+The ranks are on this machine (torchrun, mlx.launch) or on several (the node
+runner's `group` command, see hosts). A launcher's exit status says nothing
+(mlx.launch ends with 0 whatever its ranks did): the run is complete only when
+rank 0 has reported so. Nothing here has to survive: after a kill of supervisor,
+launcher or any rank the next supervisor ends what is left and goes on from the
+newest checkpoint.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import socket
 import statistics
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +30,20 @@ from jupiter_engine import errors
 from jupiter_engine.errors import JupiterError, RemoteError, StageFailed
 from jupiter_engine.files import ProcessIdentity, write_json
 from jupiter_engine.protocol.facts import Metric
-from jupiter_engine.protocol.specs import LaunchSpec
+from jupiter_engine.protocol.specs import HostSpec, LaunchSpec
 from jupiter_engine.training.distributed import reports
-from jupiter_engine.training.distributed.launchers import launch_command, launch_environment
+from jupiter_engine.training.distributed.hosts import GroupEvents, Roll, write_group_spec
+from jupiter_engine.training.distributed.launchers import PROGRAM, launch_command, launch_environment
+from jupiter_engine.training.distributed.stall import Progress
 from jupiter_engine.units import plain_text
 
 _POLL_S = 0.1
 _TERM_S = 10.0
+_GROUP_TERM_S = 60.0
+"""The launcher of several machines ends the ranks there, one grace after the other, before it ends itself."""
+_PAUSES_S = (1.0, 5.0, 15.0, 60.0)
+"""Before a launch that follows a futile one (the first: before one that follows a death after progress)."""
+_HOUR_S = 3600.0
 _TAIL_BYTES = 4000
 
 
@@ -66,10 +76,19 @@ class _Launch:
     process: subprocess.Popen[bytes]
     reader: reports.ReportReader
     output: Path
+    progress: Progress
+    here: int
+    """Ranks on this machine (the first ones); only their processes can be looked at from here."""
+    hosts: tuple[HostSpec, ...] = ()
+    events: GroupEvents | None = None
+    ready: set[int] = field(default_factory=set)
     ranks: dict[int, ProcessIdentity] = field(default_factory=dict)
-    begun: bool = False
+    """Processes of the ranks here."""
+    silent: set[str] = field(default_factory=set)
+    """Hosts that do not answer the launcher."""
+    end: str = ""
+    """Why the launcher of several machines ended, in its words."""
     last_step: int = 0
-    seconds: list[float] = field(default_factory=list)
     heard: float = field(default_factory=time.monotonic)
     result: dict[str, Any] | None = None
     halted: bool = False
@@ -78,6 +97,17 @@ class _Launch:
 
     def over(self) -> bool:
         return self.result is not None or self.halted or self.failed is not None or bool(self.crashed)
+
+    def host_of(self, rank: int) -> str:
+        for host in self.hosts:
+            if rank < host.ranks:
+                return host.name
+            rank -= host.ranks
+        return ""
+
+    def named(self, rank: int) -> str:
+        host = self.host_of(rank)
+        return f"rank {rank} on {host}" if host else f"rank {rank}"
 
 
 class Supervisor:
@@ -90,6 +120,8 @@ class Supervisor:
         self._patience = patience or Patience()
         self._ranks_folder = run_folder / "ranks"
         self._ranks_folder.mkdir(exist_ok=True)
+        self._roll = Roll(launch)
+        self._launched_at: deque[float] = deque()
 
     def run(self) -> dict[str, Any] | None:
         """Train until rank 0 is done; returns its result, or None after a halt.
@@ -111,12 +143,26 @@ class Supervisor:
                 raise _as_error(launch.failed)
             if self._listener.halt_asked():
                 return None
-            futile = 0 if launch.last_step > best else futile + 1
+            if launch.last_step > best:
+                futile = 0
+            elif not self._roll.waits_for():
+                # A launch that failed for want of a machine proves nothing about the training.
+                futile += 1
             best = max(best, launch.last_step)
-            if futile >= self._patience.restarts:
+            if futile >= self._patience.restarts or self._spent():
                 raise self._gave_up(launch, why)
-            self._listener.note(f"{why}; starting the ranks again from the last checkpoint", "warning")
-            time.sleep(min(2.0**futile, 10.0))
+            pause = _PAUSES_S[min(futile, len(_PAUSES_S) - 1)]
+            self._listener.note(f"{why}; starting the ranks again from the last checkpoint in {pause:.0f} s", "warning")
+            if _wait(lambda: not self._listener.halt_asked(), pause) is False:
+                return None
+
+    def _spent(self) -> bool:
+        """Whether the restarts of this hour are used up (launches that only wait for a machine are not counted)."""
+        if not self._spec.hosts:
+            return False
+        while self._launched_at and time.monotonic() - self._launched_at[0] > _HOUR_S:
+            self._launched_at.popleft()
+        return len(self._launched_at) > self._spec.restarts_per_hour
 
     # -- one launch ------------------------------------------------------------------------------
     def _start(self) -> _Launch:
@@ -126,20 +172,32 @@ class Supervisor:
         me = ProcessIdentity.of(os.getpid())
         group = reports.Group(generation=generation, supervisor=me)
         write_json(self._ranks_folder / "group.json", group)
-        argv = launch_command(self._spec, self._folder, generation)
+        hosts, said = self._roll.present()
+        for text in said:
+            self._listener.note(text, "warning")
+        if hosts:
+            spec = write_group_spec(self._spec, hosts, self._folder, generation, PROGRAM)
+            argv, env = [*hosts[0].runner, "group", str(spec)], dict(os.environ)
+        else:
+            argv = launch_command(self._spec, self._folder, generation)
+            env = launch_environment(self._spec)
         output = folder / "output.log"
         with output.open("ab") as log:
             process = subprocess.Popen(
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=launch_environment(self._spec),
-                start_new_session=True,
+                argv, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )
         launched = msgspec.structs.replace(group, launcher=ProcessIdentity.of(process.pid))
         write_json(self._ranks_folder / "group.json", launched)
-        return _Launch(process, reports.ReportReader(folder, self._spec.ranks), output)
+        ranks = sum(host.ranks for host in hosts) or self._spec.ranks
+        return _Launch(
+            process,
+            reports.ReportReader(folder, ranks),
+            output,
+            progress=Progress(ranks),
+            here=hosts[0].ranks if hosts else ranks,
+            hosts=hosts,
+            events=GroupEvents(folder) if hosts else None,
+        )
 
     def _follow(self, launch: _Launch) -> str:
         """Relay reports until the launch is over; returns in words why it is."""
@@ -153,7 +211,7 @@ class Supervisor:
             if launch.crashed:
                 return launch.crashed
             if ended is not None:
-                return f"the launcher ended with status {ended} before the training was complete"
+                return launch.end or f"the launcher ended with status {ended} before the training was complete"
             dead = [rank for rank, identity in launch.ranks.items() if not identity.alive()]
             if dead:
                 if not launch.over():
@@ -162,41 +220,101 @@ class Supervisor:
                 if not launch.over():
                     return f"rank {dead[0]} (pid {launch.ranks[dead[0]].pid}) died"
                 continue
+            self._watch_progress(launch)
             silence = time.monotonic() - launch.heard
             if silence > self._allowed(launch):
                 return f"no rank reported anything for {silence:.0f} s after step {launch.last_step}"
             time.sleep(_POLL_S)
 
     def _allowed(self, launch: _Launch) -> float:
-        if not launch.seconds:
+        seconds = launch.progress.seconds
+        if not seconds:
             return self._patience.start
-        return max(self._patience.step, 20 * statistics.median(launch.seconds[-50:]))
+        return max(self._patience.step, 20 * statistics.median(seconds))
+
+    def _watch_progress(self, launch: _Launch) -> None:
+        """Name a stall once, with who the others wait for."""
+        progress = launch.progress
+        silence = progress.stalled_s()
+        if silence is None or progress.named:
+            return
+        progress.named = True
+        progress.stopped |= {rank for rank, who in launch.ranks.items() if _is_stopped(who)}
+        silent = {rank for rank in range(progress.ranks) if launch.host_of(rank) in launch.silent}
+        suspects = progress.suspects(silent)
+        who = "; ".join(f"{launch.named(rank)}: {what}" for rank, what in suspects.items())
+        self._listener.note(
+            f"STALLED: no step for {silence:.0f} s (a step takes {statistics.median(progress.seconds):.1f} s); "
+            + (f"the others wait for {who}" if who else "no single rank stands out"),
+            "warning",
+        )
 
     def _relay(self, launch: _Launch) -> None:
+        self._relay_events(launch)
         for rank, report in launch.reader.read():
-            launch.heard = time.monotonic()
-            match report:
-                case reports.Ready():
+            if not isinstance(report, reports.At):
+                launch.heard = time.monotonic()
+            self._relay_report(launch, rank, report)
+
+    def _relay_report(self, launch: _Launch, rank: int, report: reports.AnyReport) -> None:
+        match report:
+            case reports.Ready():
+                launch.ready.add(rank)
+                if rank < launch.here:
                     launch.ranks[rank] = report.process
-                    if len(launch.ranks) == self._spec.ranks:
-                        self._quiet(launch)
-                case reports.Begun():
-                    launch.last_step = report.step
-                    self._listener.begun(report.step)
-                case reports.Step():
-                    launch.last_step = report.metric.step
-                    launch.seconds.append(report.metric.seconds)
-                    self._listener.metric(report.metric)
-                case reports.Said():
-                    self._listener.note(report.text, report.level)
-                case reports.Done():
-                    launch.result = report.result
-                case reports.HaltedHere():
-                    launch.halted = True
-                case reports.Failed():
-                    launch.failed = launch.failed or report
-                case reports.Crashed():
-                    launch.crashed = launch.crashed or f"rank {rank}: {report.text}"
+                if len(launch.ready) == launch.progress.ranks and not launch.hosts:
+                    self._quiet(launch)
+            case reports.At():
+                launch.progress.places[rank] = (report.step, report.waiting)
+            case reports.Begun():
+                launch.last_step = report.step
+                for host in launch.hosts:
+                    self._roll.answered(host.name)
+                self._launched_at.append(time.monotonic())
+                self._listener.begun(report.step)
+            case reports.Step():
+                self._step(launch, report.metric)
+            case reports.Said():
+                self._listener.note(report.text, report.level)
+            case reports.Done():
+                launch.result = report.result
+            case reports.HaltedHere():
+                launch.halted = True
+            case reports.Failed():
+                launch.failed = launch.failed or report
+            case reports.Crashed():
+                launch.crashed = launch.crashed or f"{launch.named(rank)}: {report.text}"
+
+    def _step(self, launch: _Launch, metric: Metric) -> None:
+        launch.last_step = metric.step
+        if launch.progress.named:
+            launch.progress.named = False
+            launch.progress.stopped.clear()
+            silence = time.monotonic() - launch.progress.moved_at
+            self._listener.note(f"the ranks go on: step {metric.step} after {silence:.0f} s of standing still")
+        launch.progress.step_done(metric.seconds)
+        self._listener.metric(metric)
+
+    def _relay_events(self, launch: _Launch) -> None:
+        """What the launcher of several machines says about them."""
+        for event in launch.events.read() if launch.events is not None else ():
+            host, rank = str(event.get("host", "")), event.get("rank")
+            match event.get("event"):
+                case "host_silent":
+                    launch.silent.add(host)
+                    self._roll.lost(host)
+                    self._listener.note(f"{host} does not answer any more", "warning")
+                case "host_back":
+                    launch.silent.discard(host)
+                    self._roll.answered(host)
+                    self._listener.note(f"{host} answers again")
+                case "rank_stopped" if isinstance(rank, int):
+                    launch.progress.stopped.add(rank)
+                case "rank_exited" if isinstance(rank, int) and event.get("exit_status") != 0:
+                    how = f"signal {event['signal']}" if event.get("signal") else f"status {event.get('exit_status')}"
+                    launch.end = launch.end or f"{launch.named(rank)} ended with {how}"
+                case "ended":
+                    launch.end = launch.end or plain_text(str(event.get("reason", "")))
 
     @staticmethod
     def _quiet(launch: _Launch) -> None:
@@ -217,6 +335,10 @@ class Supervisor:
         """Leave no process of the launch behind."""
         if launch.result is not None or launch.halted:
             _wait(lambda: launch.process.poll() is None, _TERM_S)
+        if launch.hosts and launch.process.poll() is None:
+            # It knows the ranks on the other machines; killed, their own runners end them when its lease runs out.
+            launch.process.terminate()
+            _wait(lambda: launch.process.poll() is None, _GROUP_TERM_S)
         self._relay(launch)
         identities = list(launch.ranks.values())
         if launch.process.poll() is None or any(identity.alive() for identity in identities):
@@ -227,17 +349,28 @@ class Supervisor:
                 launch.process.stdin.close()
         launch.process.wait()
 
+    def _launches(self) -> int:
+        return sum(1 for path in self._ranks_folder.iterdir() if path.name.isdigit())
+
     def _gave_up(self, launch: _Launch, why: str) -> RemoteError:
         tail = launch.output.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
         return RemoteError(
-            f"the {self._spec.ranks} ranks of the {self._spec.twin} twin died {self._patience.restarts + 1} times "
-            f"without getting further than step {launch.last_step}: {why}",
+            f"the {launch.progress.ranks} ranks of the {self._spec.twin} twin were started {self._launches()} times "
+            f"and got no further than step {launch.last_step}: {why}",
             host=socket.gethostname(),
             argv=tuple(str(part) for part in launch.process.args) if isinstance(launch.process.args, list) else (),
             exit_status=launch.process.returncode,
             output_tail=plain_text(tail),
             fix=f"see {launch.output}; start again to go on from the last checkpoint",
         )
+
+
+def _is_stopped(identity: ProcessIdentity) -> bool:
+    process = identity.process()
+    try:
+        return process is not None and process.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def end_leftovers(run_folder: Path) -> None:

@@ -1,0 +1,134 @@
+"""A launch over several machines: the launcher's specification, and what it tells while it runs.
+
+The launcher is the node runner's `group` command (jupiter_engine.node), a program of the standard
+library; it is told everything in one JSON file and answers in files of the launch's folder:
+
+group.jsonl   what happened: prepared, started, rank_exited, host_silent, host_back, rank_stopped, ended
+hosts.json    rank -> name of its host
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from jupiter_engine.files import whole_lines, write_json
+from jupiter_engine.protocol.specs import HostSpec, LaunchSpec
+
+BACKEND_VARIABLE = "JUPITER_BACKEND"
+RANKS_VARIABLE = "JUPITER_RANKS"
+_ASK_S = 8.0
+
+
+def write_group_spec(
+    launch: LaunchSpec, hosts: tuple[HostSpec, ...], run_folder: Path, generation: int, program: str
+) -> Path:
+    """Write the launcher's specification into the launch's folder; returns its path."""
+    folder = run_folder / "ranks" / str(generation)
+    threads = launch.threads_per_rank
+    env = {
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        BACKEND_VARIABLE: launch.backend,
+        RANKS_VARIABLE: str(sum(host.ranks for host in hosts)),
+        **({"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)} if threads else {}),
+    }
+    spec = {
+        "version": 1,
+        "run": run_folder.name,
+        "generation": generation,
+        "twin": launch.twin,
+        "launcher": launch.launcher,
+        "backend": launch.backend or ("ring" if launch.twin == "mlx" else "gloo"),
+        "folder": str(folder.absolute()),
+        "program": ["-m", program, "{run_folder}", "{generation}"],
+        "env": env,
+        "ssh_config": launch.ssh_config,
+        "init_deadline_s": 90,
+        "grace_s": 20,
+        "lease_s": 60,
+        "hosts": [msgspec.to_builtins(host) for host in hosts],
+    }
+    path = folder / "group-spec.json"
+    write_json(path, spec)
+    return path
+
+
+class GroupEvents:
+    """What the launcher has said since the last look."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._offset = folder / "group.jsonl", 0
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        found: list[dict[str, Any]] = []
+        for line, offset in whole_lines(self._path, self._offset):
+            self._offset = offset
+            event = msgspec.json.decode(line)
+            if isinstance(event, dict):
+                found.append(event)
+        return found
+
+
+class Roll:
+    """Which hosts of the group take part in the next launch.
+
+    One that could not be reached for `host_lost_after_s` is left out as long as others remain, and
+    asked again before each later launch. The leading host is this machine and always takes part.
+    """
+
+    def __init__(self, launch: LaunchSpec) -> None:
+        self._launch = launch
+        self._silent_since: dict[str, float] = {}
+        self.left_out: set[str] = set()
+
+    def lost(self, name: str) -> None:
+        self._silent_since.setdefault(name, time.monotonic())
+
+    def answered(self, name: str) -> None:
+        self._silent_since.pop(name, None)
+
+    def waits_for(self) -> set[str]:
+        """Hosts that are silent but not given up yet."""
+        return set(self._silent_since) - self.left_out
+
+    def present(self) -> tuple[tuple[HostSpec, ...], list[str]]:
+        """(hosts of the next launch, sentences about who was left out or has come back)."""
+        said: list[str] = []
+        for host in self._launch.hosts[1:]:
+            if host.name in self.left_out and self._reachable(host):
+                self.left_out.discard(host.name)
+                self.answered(host.name)
+                said.append(f"{host.name} answers again and takes part")
+            since = self._silent_since.get(host.name)
+            if since is not None and host.name not in self.left_out and self._given_up(since):
+                self.left_out.add(host.name)
+                silence = time.monotonic() - since
+                said.append(f"{host.name} has not answered for {silence:.0f} s; the group goes on without it")
+        return tuple(host for host in self._launch.hosts if host.name not in self.left_out), said
+
+    def _given_up(self, since: float) -> bool:
+        return time.monotonic() - since > self._launch.host_lost_after_s
+
+    def _reachable(self, host: HostSpec) -> bool:
+        config = ["-F", self._launch.ssh_config] if self._launch.ssh_config else []
+        argv = ["ssh", *config, "-o", "BatchMode=yes", "-o", "ConnectTimeout=4", "--", host.ssh, "true"]
+        try:
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_ASK_S, check=False)
+        except (subprocess.TimeoutExpired, OSError):
+            return False
+        return done.returncode == 0
+
+
+def ranks_asked_for(launch: LaunchSpec) -> int:
+    """Ranks of the launch that this process belongs to: fewer than the order's where a host was left out."""
+    return int(os.environ.get(RANKS_VARIABLE) or launch.ranks)
