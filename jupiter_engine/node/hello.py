@@ -20,7 +20,11 @@ def main(arguments: list[str]) -> int:
     `at` is this machine's clock in seconds since the epoch; `shell` the login shell of the user.
     """
     del arguments
-    user = pwd.getpwuid(os.getuid())
+    try:
+        user, shell = pwd.getpwuid(os.getuid())[0::6]
+    except KeyError:
+        # A container may run under a number that nobody has given a name.
+        user, shell = str(os.getuid()), os.environ.get("SHELL", "")
     answer = {
         "version": program.version(),
         "python": sys.executable,
@@ -28,10 +32,10 @@ def main(arguments: list[str]) -> int:
         "system": platform.system(),
         "machine": platform.machine(),
         "home": str(Path.home()),
-        "user": user.pw_name,
+        "user": user,
         "hostname": socket.gethostname(),
         "boot_id": identity.boot_id(),
-        "shell": user.pw_shell,
+        "shell": shell,
         "at": time.time(),
     }
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -32,5 +32,5 @@ def argv(verb: str, *arguments: str) -> list[str]:
         return [sys.executable, *PYTHON_FLAGS, str(packed), verb, *arguments]
     package = __package__ or "jupiter_engine.node"
     root = Path(__file__).resolve().parents[package.count(".") + 1]
-    start = f"import sys; sys.path.insert(0, {str(root)!r}); from {package}.__main__ import run; sys.exit(run(sys.argv[1:]))"
-    return [sys.executable, *PYTHON_FLAGS, "-c", start, verb, *arguments]
+    start = f"import sys; sys.path.insert(0, {str(root)!r}); from {package} import __main__ as it; "
+    return [sys.executable, *PYTHON_FLAGS, "-c", start + "sys.exit(it.run(sys.argv[1:]))", verb, *arguments]
