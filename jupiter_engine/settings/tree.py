@@ -275,6 +275,8 @@ def _syntax_problem(error: yaml.MarkedYAMLError, text: str) -> Problem:
     if mark is None:
         return Problem(None, f"the YAML cannot be read ({said})")
     place = Place(mark.line + 1, mark.column + 1)
+    if "maximum nesting depth" in said:  # the C scanner reads ahead and may meet its own limit first
+        return Problem(place, f"values are nested more than {MAX_DEPTH} deep")
     if began is not None and ("end of stream" in said or "could not find expected ':'" in said):
         # The parser notices only later; the open quote or the key without a colon stands where it began.
         place = Place(began.line + 1, began.column + 1)

@@ -195,9 +195,6 @@ def test_a_former_cluster_file(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(FORMER_CLUSTER)
     assert refused(problems(file)) == {
-        "backend",
-        "network_interface",
-        "use_thunderbolt_bridge",
         "self_improvement.eval_every_steps",
         "self_improvement.improvement_threshold",
         "self_improvement.min_steps_before_replace",
@@ -208,7 +205,7 @@ def test_a_former_cluster_file(tmp_path: Path) -> None:
 
 
 def test_what_is_read_on_of_a_former_cluster_file(tmp_path: Path) -> None:
-    text = FORMER_CLUSTER[FORMER_CLUSTER.index("sync_every") : FORMER_CLUSTER.index("self_improvement")]
+    text = FORMER_CLUSTER[: FORMER_CLUSTER.index("self_improvement")]
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
     loaded = load_cluster(file)
@@ -219,9 +216,62 @@ def test_what_is_read_on_of_a_former_cluster_file(tmp_path: Path) -> None:
         "`sync_every_n_steps` is 1",
         "`gradient_compression` is false",
         "`auto_restart_failed_nodes`",
-        "mac-mini-1",
+        '`backend` "mpi" is read as `groups: [{backend: auto}]`',
+        '`use_thunderbolt_bridge` "true" is read as `groups: [{over: auto}]`',
     ):
         assert said in warnings
+    assert loaded.value.groups == ()
+
+
+MACS = "nodes: [{host: localhost, role: generator}, {host: a, device_type: mac}, {host: b, device_type: mac}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "backend", "over"),
+    [
+        ("backend: ring", "ring", "auto"),
+        ("backend: jaccl\nuse_thunderbolt_bridge: true", "jaccl", "auto"),
+        ("use_thunderbolt_bridge: false", "auto", "ethernet"),
+        ("network_interface: en0", "auto", "ethernet"),
+        ("network_interface: bridge0", "auto", "thunderbolt"),
+        ("backend: ring\nnetwork_interface: null", "ring", "auto"),
+    ],
+)
+def test_the_former_network_keys_become_a_group(text: str, backend: str, over: str, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(MACS + text + "\n")
+    loaded = load_cluster(file)
+    (group,) = loaded.value.groups
+    assert (group.nodes, group.backend, group.over) == (("a", "b"), backend, over)
+    assert all(f"line {4 + i}" in warning or "line" in warning for i, warning in enumerate(loaded.warnings))
+    assert len(loaded.warnings) == text.count(":")
+
+
+def test_former_network_keys_without_a_group_to_apply_to(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("backend: ring\nnodes: [{host: localhost}]\n")
+    (warning,) = load_cluster(file).warnings
+    assert '`backend` "ring" has no effect: fewer than two machines train' in warning
+    file.write_text(
+        "use_thunderbolt_bridge: no\nnodes: [{host: a, device_type: mac}, {host: b, device_type: nvidia}]\n"
+    )
+    loaded = load_cluster(file)
+    assert "write them down as `groups`" in loaded.warnings[0]
+    assert loaded.value.groups == ()
+
+
+def test_former_names_of_node_keys(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "nodes:\n- host: a\n  gpu: RTX 4090\n  vram_gb: 24\n  connection: ethernet\n  device_type: nvidia\n"
+    )
+    loaded = load_cluster(file)
+    (node,) = loaded.value.nodes
+    assert (node.chip, node.memory_gb, node.connection_type) == ("RTX 4090", 24, "ethernet")
+    assert ["line 5" in loaded.warnings[0], "line 3" in loaded.warnings[1], "line 4" in loaded.warnings[2]] == [
+        True
+    ] * 3
+    assert "`nodes[0].gpu` is the older name of `chip`" in loaded.warnings[1]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +282,13 @@ def test_what_is_read_on_of_a_former_cluster_file(tmp_path: Path) -> None:
         ("checkpoint_on_failure: false", "survives any failure"),
         ("auto_restart_failed_nodes: perhaps", "expected true or false"),
         ("auto_restart_failed_nodes: true\nretries: {}", "keep `retries`"),
+        ("backend: banana", "expected one of auto, gloo, jaccl, mpi, nccl, ring, torch"),
+        ("backend: [ring]", "found its value, expected one of"),
+        ("use_thunderbolt_bridge: perhaps", "expected true or false"),
+        ("network_interface: [en0]", "expected a name such as en0"),
+        ("backend: ring\ngroups: []", "keep `groups`"),
+        ("nodes: [{host: a, gpu: x, chip: y}]", "keep `chip`"),
+        ("nodes: [{host: a, vram_gb: 24GB}]", "write 24 without quotes or unit"),
         ("training: {batch_size: 32}", "config/domains/NAME.yaml"),
         ("generation: {}", "config/domains/NAME.yaml"),
     ],

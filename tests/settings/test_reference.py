@@ -68,6 +68,8 @@ def test_every_older_key_is_mentioned() -> None:
     for key in ("data_sources", "evaluation.benchmarks", "self_improvement", "backend", "network_interface"):
         assert key in section
     older = [*former_domain.REFUSED, *former_cluster.REFUSED]
-    for key in ("custom_eval_file", "min_accuracy", "min_coherence", "use_thunderbolt_bridge", "examples"):
+    for key in ("use_thunderbolt_bridge", "vram_gb", "gpu", "capabilities"):
+        assert key in section
+    for key in ("custom_eval_file", "min_accuracy", "min_coherence", "assigned_experts", "examples"):
         assert key in section
         assert any(known.endswith(key) for known in older)

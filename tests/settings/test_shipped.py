@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from msgspec import inspect as mi
 
 from jupiter_engine.settings import workspace
-from jupiter_engine.settings.cluster import launch_spec, load_cluster, local_roles
+from jupiter_engine.settings.cluster import ClusterSettings, launch_spec, load_cluster, local_roles
 from jupiter_engine.settings.domain import check_paths, load_domain
+from jupiter_engine.settings.reader import leaves
 
 SHIPPED = workspace.shipped_folder()
 DOMAIN_FILES = sorted((SHIPPED / "domains").glob("*.yaml"))
@@ -43,6 +46,23 @@ def test_the_shipped_cluster_is_this_machine_for_everything() -> None:
     assert loaded.warnings == ()
     assert local_roles(loaded.value) == {"generate", "train", "evaluate"}
     assert launch_spec(loaded.value).launcher == "in_process"
+
+
+def test_the_examples_of_the_shipped_cluster_are_true(tmp_path: Path) -> None:
+    """Commented lines that look like settings, uncommented, load; the only notice is that the key file is missing."""
+    text = (SHIPPED / "cluster.yaml").read_text()
+    example = re.sub(r"(?m)^( *)# ( *(?:- )?[a-z_]+:(?: |$))", r"\1\2", text)
+    assert example.count("# ") < text.count("# ") - 30
+    file = tmp_path / "cluster.yaml"
+    file.write_text(example)
+    loaded = load_cluster(file)
+    assert [node.host for node in loaded.value.nodes][1:] == ["mac-mini-1.local", "mac-mini-2.local", "192.168.1.100"]
+    assert [group.name for group in loaded.value.groups] == ["macs", "cards"]
+    assert loaded.value.launch.group == "macs"
+    assert all("`nodes[3].identity`" in warning for warning in loaded.warnings)
+    keys = {key for key, _ in leaves(mi.type_info(ClusterSettings))} - set(loaded.places)
+    given = {re.sub(r"\[[0-9]+\]", "[]", key) for key in loaded.places}
+    assert keys - given == {"nodes[].can_generate", "nodes[].can_train"}
 
 
 def test_the_package_carries_the_files_of_the_repository() -> None:
