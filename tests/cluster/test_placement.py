@@ -1,0 +1,72 @@
+"""Which machine does what: roles decide, machines that do not answer are passed over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jupiter_engine.cluster.placement import place, require_duties
+from jupiter_engine.errors import NoUsableNode
+from jupiter_engine.settings.cluster import ClusterSettings, load_cluster
+
+HERE = "{host: localhost, name: here, device_type: cpu, role: hybrid}"
+
+
+def cluster(folder: Path, nodes: str, more: str = "") -> ClusterSettings:
+    file = folder / "cluster.yaml"
+    file.write_text(f"nodes: [{nodes}]\n{more}")
+    return load_cluster(file).value
+
+
+@pytest.mark.parametrize("stage", ["prepare", "collect", "filter", "queue", "gate"])
+def test_stages_on_the_workspaces_own_files_run_where_it_lies(stage: str, tmp_path: Path) -> None:
+    settings = cluster(tmp_path, "{host: far, device_type: cpu, role: hybrid}")
+    assert place(stage, settings).here
+    assert not place(stage, settings).nodes
+
+
+@pytest.mark.parametrize(
+    ("stage", "nodes", "where"),
+    [
+        ("generate", f"{HERE}, {{host: g, role: generator, device_type: mac}}", "g"),
+        ("generate", f"{HERE}, {{host: h, role: hybrid, device_type: cpu, can_train: false}}", "here"),
+        ("generate", "{host: h, role: hybrid, device_type: cpu}", "h"),
+        ("evaluate", f"{HERE}, {{host: e, role: evaluator, device_type: cpu}}", "e"),
+        ("evaluate", f"{HERE}, {{host: t, role: trainer, device_type: mac}}", "here"),
+        (
+            "evaluate",
+            "{host: localhost, role: generator, name: here}, {host: t, role: trainer, device_type: mac}",
+            "t",
+        ),
+    ],
+)
+def test_a_machine_kept_for_one_duty_comes_first_then_this_one(
+    stage: str, nodes: str, where: str, tmp_path: Path
+) -> None:
+    assert place(stage, cluster(tmp_path, nodes)).names() == (where,)
+
+
+def test_a_machine_that_does_not_answer_is_passed_over(tmp_path: Path) -> None:
+    settings = cluster(tmp_path, f"{HERE}, {{host: g, role: generator, device_type: mac}}")
+    assert place("generate", settings, lost={"g"}).names() == ("here",)
+    alone = cluster(tmp_path, "{host: a, role: hybrid, device_type: cpu}")
+    with pytest.raises(NoUsableNode, match="a may do it but does not answer"):
+        place("evaluate", alone, lost={"a"})
+
+
+def test_a_group_trains_without_its_lost_member_and_under_another_leader(tmp_path: Path) -> None:
+    nodes = ", ".join(f"{{host: m{i}, device_type: mac, role: trainer}}" for i in (1, 2, 3))
+    settings = cluster(tmp_path, f"{HERE}, {nodes}", "groups: [{name: macs, nodes: [m1, m2, m3]}]\n")
+    whole = place("train", settings)
+    assert (whole.names(), whole.here) == (("m1", "m2", "m3"), False)
+    assert whole.group is not None
+    assert place("train", settings, lost={"m1"}).names() == ("m2", "m3")
+    with pytest.raises(NoUsableNode, match="no machine of the group macs answers"):
+        place("train", settings, lost={"m1", "m2", "m3"})
+
+
+def test_every_duty_of_a_cycle_needs_a_machine(tmp_path: Path) -> None:
+    require_duties(cluster(tmp_path, "{host: g, role: generator}, {host: t, role: trainer, device_type: mac}"))
+    with pytest.raises(NoUsableNode, match="generate"):
+        require_duties(cluster(tmp_path, "{host: t, role: trainer, device_type: mac}"))
