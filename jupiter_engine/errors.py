@@ -13,6 +13,8 @@ JupiterError
  +- StateError            the workspace's own files contradict each other
  |   +- SchemaTooNew      written by a later Jupiter
  +- RemoteError           a process or a connection failed, with all facts
+ |   +- NodeUnreachable    a machine cannot be called, or not be used once called
+ |       +- HostKeyRefused its ssh key is unknown, revoked, or another one than before
  +- Interrupted           stopped by the user or a signal                 exit 130
 """
 
@@ -138,6 +140,41 @@ class RemoteError(JupiterError):
         self.output_tail = output_tail
 
 
+class NodeUnreachable(RemoteError):
+    """A machine that cannot be called or used. `reason` names the way it failed for programs (remote/failures.py
+    lists them), `through` the jump host that it was if not the machine itself."""
+
+    title = "A machine cannot be used"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        host: str,
+        reason: str,
+        through: str = "",
+        argv: tuple[str, ...] = (),
+        output_tail: str = "",
+        fix: str = "",
+    ) -> None:
+        super().__init__(detail, host=host, argv=argv, output_tail=output_tail, fix=fix)
+        self.reason = reason
+        self.through = through
+
+
+class HostKeyRefused(NodeUnreachable):
+    """`offered` is the key with which it presented itself (remote/host_keys.py: OfferedKey), so that a person can
+    decide about exactly that one; None if it could not be learnt."""
+
+    title = "A machine's ssh key is not accepted"
+
+    def __init__(
+        self, detail: str, *, host: str, reason: str, offered: object = None, through: str = "", fix: str = ""
+    ) -> None:
+        super().__init__(detail, host=host, reason=reason, through=through, fix=fix)
+        self.offered = offered
+
+
 class Interrupted(JupiterError):
     title = "Interrupted"
     exit_code = ExitCode.INTERRUPTED
@@ -154,7 +191,7 @@ def rebuild(kind: str, title: str, detail: str, fix: str) -> JupiterError:
     """The error that crossed a process boundary as its parts (unknown kinds: StageFailed)."""
     cls = _tree(JupiterError).get(kind, StageFailed)
     # RemoteError needs facts that did not travel; its sentence did.
-    return (StageFailed if cls is RemoteError else cls)(detail, title=title, fix=fix)
+    return (StageFailed if issubclass(cls, RemoteError) else cls)(detail, title=title, fix=fix)
 
 
 def exit_code_of(kind: str) -> ExitCode:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -39,6 +39,9 @@ class Remote(Protocol):
 
     async def remove(self, path: PurePath) -> None:
         """Remove a file; a missing one is fine."""
+
+    def localise(self, result: dict[str, Any]) -> dict[str, Any]:
+        """A worker's result with its paths as paths of this machine."""
 
 
 class Completed(msgspec.Struct, frozen=True, kw_only=True):
