@@ -39,6 +39,9 @@ VERBS = {
     "rank-prepare": "ranks:prepare",
     "rank-go": "ranks:go",
     "rank-stop": "ranks:stop",
+    "rank-run": "rank_agent:main",
+    "rank-ssh": "shim:ssh",
+    "rank-shell": "shim:shell",
 }
 """Verb -> module of this package and function in it."""
 
