@@ -140,6 +140,20 @@ def living(identity: dict[str, Any]) -> Row | None:
     return found
 
 
+def descendants(table: dict[int, Row], ancestors: set[int]) -> set[int]:
+    """Pids below these, at any depth."""
+    children: dict[int, list[int]] = {}
+    for row in table.values():
+        children.setdefault(row.parent, []).append(row.pid)
+    found: set[int] = set()
+    todo = list(ancestors)
+    while todo:
+        fresh = [pid for pid in children.get(todo.pop(), []) if pid not in found and pid not in ancestors]
+        found.update(fresh)
+        todo += fresh
+    return found
+
+
 def send(identity: dict[str, Any], number: int) -> bool:
     """Send a signal to exactly this process; False if it has ended or is not ours to signal."""
     if living(identity) is None:
