@@ -56,7 +56,9 @@ def noted(group: Group, reason: str) -> str:
 
 def joined(sentences: Sequence[str]) -> str:
     """Sentences as a part of one, the first two of them."""
-    shown = "; ".join(sentence.removesuffix(".") for sentence in sentences[:2])
+    parts = [sentence.removesuffix(".") for sentence in sentences[:2]]
+    starts = ("The ", "There ", "No ", "A ")
+    shown = "; ".join(part[0].lower() + part[1:] if part.startswith(starts) else part for part in parts)
     return shown + (f"; and {len(sentences) - 2} more" if len(sentences) > 2 else "")
 
 

@@ -28,6 +28,7 @@ RDMA_CONNECTIONS = 10
 def against_rdma(group: Group) -> list[str]:
     """Why RDMA cannot be used between all of these Macs; sentences with what to do, empty if it can."""
     found: list[str] = []
+    slow: dict[str, list[str]] = {}
     if group.ranks_per_node != 1:
         found.append(f"RDMA takes one rank a Mac, not {group.ranks_per_node}.")
     for i, machine in enumerate(group.machines):
@@ -37,12 +38,14 @@ def against_rdma(group: Group) -> list[str]:
         elif not mine:
             found.append(f"{machine.name} has no Thunderbolt cable to another node of the group.")
         elif all(_too_slow(cable) for cable in mine):
-            found.append(
-                f"The Thunderbolt cables of {machine.name} run at {speed_text(mine[0].speed_bits_per_s)}; RDMA needs "
-                "Thunderbolt 5 (80 Gb/s) in both Macs and in the cable."
-            )
+            slow.setdefault(speed_text(mine[0].speed_bits_per_s), []).append(machine.name)
         else:
             found += _of_software(machine, i, mine)
+    found += [
+        f"The Thunderbolt cables of {', '.join(names)} run at {speed}; RDMA needs Thunderbolt 5 (80 Gb/s) in both Macs "
+        "and in the cable."
+        for speed, names in slow.items()
+    ]
     return found
 
 
@@ -117,9 +120,8 @@ def over_cables(
     used, ends, problems = _used_cables(group, backend, order)
     machines = group.machines
     wide = len(used[order[0], order[1]])
-    if wide > 1:
-        cause += f", {wide} cables a pair"
     flat = list(dict.fromkeys(cable for several in used.values() for cable in several))
+    speed = speed_text(_slowest(flat)) + (f", {wide} cables a pair" if wide > 1 else "")
     commands: tuple[Fix, ...] = ()
     if len(ends) == len(flat):
         commands = setup(flat, [ends[cable] for cable in flat], machines)
@@ -137,7 +139,7 @@ def over_cables(
         backend=backend,
         launcher=group.launcher,
         links=tuple(cable_link(cable, ends.get(cable), machines, rdma=backend != "ring") for cable in flat),
-        reason=noted(group, f"{backend} over Thunderbolt ({speed_text(_slowest(flat))}): {cause}."),
+        reason=noted(group, f"{backend} over Thunderbolt ({speed}): {cause}."),
         hostfile=hosts.hostfile(backend, entries, ranks_per_node=ranks) if complete else {},
         setup=commands,
         problems=tuple(problems),
@@ -174,12 +176,17 @@ def _to_set_up(commands: Sequence[Fix], machines: Sequence[Machine]) -> list[str
     open_at = list(dict.fromkeys(fix.node for fix in commands))
     if not open_at:
         return []
-    found = [
-        f"The Thunderbolt Bridge of {machine.name} ({machine.bridge}) is up and holds {', '.join(machine.bridged)}: "
-        "cables in a bridge cannot have addresses of their own; bring it down."
+    bridged = [
+        machine.name
         for machine in machines
-        if machine.name in open_at and any(fix.argv[1:] == ("ifconfig", machine.bridge, "down") for fix in commands)
+        if any(fix.node == machine.name and fix.argv[1:] == ("ifconfig", machine.bridge, "down") for fix in commands)
     ]
+    found = []
+    if bridged:
+        found.append(
+            f"The Thunderbolt Bridge is up on {', '.join(bridged)}: cables in a bridge cannot have addresses of their "
+            "own; bring it down."
+        )
     text = (
         f"The addresses of the Thunderbolt cables are not set up on {', '.join(open_at)}; run the plan's set-up there, "
         "or write `over: ethernet` for the group."

@@ -114,7 +114,7 @@ def _choose(group: Group, wanted: Wanted, over: Literal["auto", "thunderbolt"]) 
             cause = "RDMA is on and the cables form a ring"
         return over_cables(group, "jaccl-ring", ring, cause)
     if ring is not None:
-        cause = "the Thunderbolt cables form a ring"
+        cause = "a Thunderbolt cable connects them" if len(ring) == 2 else "the Thunderbolt cables form a ring"
         if wanted == "auto":
             cause += f"; RDMA cannot be used: {joined(against)}"
         return over_cables(group, "ring", ring, cause)
