@@ -213,7 +213,7 @@ def _raw(answer: Mapping[str, Any]) -> dict[str, Any]:
             late.append(tool)
         elif text or result.get("status") == 0:
             raw[tool] = text
-        else:
+        if result.get("status") not in (0, None):
             failed[tool] = short(result.get("err"), 200)
     speeds = [
         f"{short(one.get('name'), 32)} {one['speed_mbit']}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from jupiter_engine.cluster.doctor.evidence import Evidence, node_fact
+from jupiter_engine.cluster.doctor.evidence import Evidence, node_fact, node_table
 from jupiter_engine.cluster.doctor.registry import Theme, Unread, Verdict, each, fail, info, person, warn
 from jupiter_engine.protocol.fleet import NodeFacts
 from jupiter_engine.units import GIB, bytes_text
@@ -27,7 +27,7 @@ def disk(e: Evidence) -> Iterator[Verdict]:
 
     def judge(name: str, facts: NodeFacts) -> Verdict | None:
         free, fix = facts.disk_free_bytes, person(f"free some space on {name}, or put `workdir` on another disk")
-        if node_fact(facts, "disk") and not node_fact(facts, "disk").get("writable", True):
+        if node_table(facts, "disk").get("writable") is False:
             return fail(
                 (name,),
                 f"Jupiter may not write its files on {name}.",

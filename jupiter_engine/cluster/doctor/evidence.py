@@ -80,7 +80,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     def spec(self, name: str) -> NodeSpec | None:
         """The node's entry in the cluster file."""
-        return next((node for node in self.cluster.nodes if (node.name or node.host) == name), None)
+        return next((node for node in self.cluster.nodes if node.title() == name), None)
 
     def remote(self) -> dict[str, NodeFacts]:
         """Facts of the machines that are reached over ssh."""
@@ -125,7 +125,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             return True
         others: set[str] = set()
         for node in self.cluster.nodes:
-            if (node.name or node.host) in self.facts:
+            if node.title() in self.facts:
                 others |= node.abilities()
         return not ABILITIES["hybrid"] <= others
 
@@ -136,7 +136,19 @@ def node_fact(facts: NodeFacts, key: str) -> Any:
     return node.get(key) if isinstance(node, dict) else None
 
 
+def node_table(facts: NodeFacts, key: str) -> dict[str, Any]:
+    """The same where it should be an object: empty for anything else."""
+    value = node_fact(facts, key)
+    return value if isinstance(value, dict) else {}
+
+
 def tool_text(facts: NodeFacts, tool: str) -> str | None:
     """What a tool printed; None if it is missing there or did not end in time."""
     text = facts.raw.get(tool)
     return text if isinstance(text, str) else None
+
+
+def tool_refusal(facts: NodeFacts, tool: str) -> str:
+    """What a tool said on its way to a failure; empty if it did not fail."""
+    failed = facts.raw.get("failed")
+    return str(failed.get(tool, "")) if isinstance(failed, dict) else ""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ipaddress import IPv4Interface, IPv4Network, ip_address
 from typing import Final
 
-from jupiter_engine.cluster.doctor.evidence import Edge, Evidence, node_fact, tool_text
+from jupiter_engine.cluster.doctor.evidence import Edge, Evidence, node_fact, node_table, tool_text
 from jupiter_engine.cluster.doctor.registry import Theme, Unread, Verdict, each, fail, info, names, ok, person, warn
 from jupiter_engine.cluster.readers.apple import firewall as read_firewall
 from jupiter_engine.protocol.fleet import GroupPlan, Interface, Link, NodeFacts
@@ -250,8 +250,8 @@ def own_name(e: Evidence) -> Iterator[Verdict]:
     grouped = {name for plan in e.plans if plan.twin == "torch" and len(plan.nodes) > 1 for name in plan.nodes}
 
     def judge(name: str, facts: NodeFacts) -> Verdict | None:
-        found = node_fact(facts, "own_name")
-        if not isinstance(found, dict) or "hostname" not in found:
+        found = node_table(facts, "own_name")
+        if "hostname" not in found:
             raise Unread("its name was not looked up in time")
         addresses = [str(address) for address in found.get("addresses") or ()]
         if not addresses:
@@ -270,15 +270,19 @@ def own_name(e: Evidence) -> Iterator[Verdict]:
 def socket_interface(e: Evidence) -> Iterator[Verdict]:
     good = []
     for name, facts in e.facts.items():
-        variables = node_fact(facts, "environment")
+        variables = node_table(facts, "environment")
         forced = {
             key: str(variables[key]).lstrip("=^").split(",")[0]
             for key in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-            if isinstance(variables, dict) and variables.get(key)
+            if variables.get(key)
         }
         known = {interface.name for interface in facts.interfaces}
         for key, value in forced.items():
-            missing = bool(known) and not any(interface.startswith(value) for interface in known)
+            missing = (
+                bool(known)
+                and not value.startswith("lo")
+                and not any(interface.startswith(value) for interface in known)
+            )
             if value.startswith("lo") or missing:
                 why = "is no interface there" if missing else "reaches nobody else"
                 text = f"{key} is {value} on {name}, which {why}."

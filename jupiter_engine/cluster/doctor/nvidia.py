@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from jupiter_engine.cluster.doctor.evidence import Evidence, node_fact, tool_text
+from jupiter_engine.cluster.doctor.evidence import Evidence, node_fact, node_table, tool_refusal, tool_text
 from jupiter_engine.cluster.doctor.registry import (
     Theme,
     Unread,
@@ -43,7 +43,7 @@ def nvidia_driver(e: Evidence) -> Iterator[Verdict]:
             return fail((name,), text, person(f"install the driver on {name} and see that `nvidia-smi` lists the card"))
         if "torch" not in facts.versions:
             raise Unread("torch is not installed there yet")
-        cuda = str((node_fact(facts, "packages") or {}).get("cuda") or "")
+        cuda = str(node_table(facts, "packages").get("cuda") or "")
         if not cuda:
             text = f"torch {facts.versions['torch']} on {name} is built without CUDA"
             text += f" and would not use {facts.gpus[0].name}."
@@ -70,8 +70,11 @@ def nvidia_driver(e: Evidence) -> Iterator[Verdict]:
 @_theme.check("nvidia-xid", "The driver reports no errors")
 def nvidia_xid(e: Evidence) -> Iterator[Verdict]:
     def judge(name: str, facts: NodeFacts) -> Verdict | None:
-        log = tool_text(facts, "kernel_log")
-        log = log if log and "Xid" in log else tool_text(facts, "dmesg")
+        journal, dmesg = tool_text(facts, "kernel_log"), tool_text(facts, "dmesg")
+        if tool_refusal(facts, "kernel_log") and not (journal and "Xid" in journal):
+            # Somebody who may not read the journal is told that it has no entries.
+            journal = None
+        log = journal if journal and "Xid" in journal else (dmesg or journal)
         if log is None:
             raise Unread("the kernel's log may not be read there")
         found = xids(log)
@@ -92,8 +95,7 @@ def nvidia_xid(e: Evidence) -> Iterator[Verdict]:
 @_theme.check("nvidia-p2p", "NCCL will not wait for peer access")
 def nvidia_p2p(e: Evidence) -> Iterator[Verdict]:
     def judge(name: str, facts: NodeFacts) -> Verdict | None:
-        variables = node_fact(facts, "environment")
-        if isinstance(variables, dict) and variables.get("NCCL_P2P_DISABLE") == "1":
+        if node_table(facts, "environment").get("NCCL_P2P_DISABLE") == "1":
             return None
         told = tool_text(facts, "nvidia_p2p")
         if told is None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from jupiter_engine.cluster.doctor.evidence import Evidence, node_fact
+from jupiter_engine.cluster.doctor.evidence import Evidence, node_table
 from jupiter_engine.cluster.doctor.registry import (
     Theme,
     Verdict,
@@ -173,8 +173,7 @@ def package_versions(e: Evidence) -> Iterator[Verdict]:
 def fast_synch(e: Evidence) -> Iterator[Verdict]:
     good = []
     for name, facts in e.macs().items():
-        variables = node_fact(facts, "environment")
-        value = variables.get("MLX_METAL_FAST_SYNCH", "") if isinstance(variables, dict) else ""
+        value = node_table(facts, "environment").get("MLX_METAL_FAST_SYNCH", "")
         everywhere = str(facts.raw.get("launchctl_fast_synch") or "").strip()
         if not value and not everywhere:
             good.append(name)
