@@ -115,7 +115,7 @@ def netstat(state: State) -> str:
             if one["gateway"]:
                 lines.append(f"default            {one['gateway']:<18} UGScg               {one['name']}")
             lines.append(f"{_short(network):<18} link#6             UCS                 {one['name']}      !")
-            lines.append(f"{network[1]!s:<18} 0:11:22:33:44:55   UHLWIir             {one['name']}   1195")
+            lines.append(f"{network[-1]!s:<18} 0:11:22:33:44:55   UHLWIir             {one['name']}   1195")
     lines.append("127                127.0.0.1          UCS                 lo0")
     own = [(IPv4Interface(text).network, name) for name, texts in state["addresses"].items() for text in texts]
     lines += [f"{_short(network):<18} link#12            UCS                 {name}      !" for network, name in own]
