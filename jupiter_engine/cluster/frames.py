@@ -69,11 +69,9 @@ class KeepState(msgspec.Struct, frozen=True, kw_only=True):
     events_seq: int = 0
     disk_full: bool = False
 
-    @property
-    def over(self) -> bool:
-        """Whether every process has ended and nothing of it is left."""
-        ended = all(process.state in ("exited", "lost") for process in self.processes.values())
-        return ended and self.runner.ended_at is not None
+    def at_work(self) -> bool:
+        """Whether anything of it lives or is still to be seen through: a process, or their runner."""
+        return self.runner.alive or any(process.state == "running" for process in self.processes.values())
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 import msgspec
 
 from jupiter_engine.cluster.frames import (
     HEADER_BYTES,
+    BeatFrame,
     FileFrame,
     Frame,
     KeepState,
     NodeRefused,
     Position,
+    ResetFrame,
     Told,
     distrusted,
     header_of,
@@ -29,7 +31,8 @@ from jupiter_engine.remote.port import Connection, Stream
 from jupiter_engine.units import plain_text
 
 __all__ = [
-    "FollowRequest", "Hello", "KeepOrder", "KeepProcess", "NodeRefused", "NodeRunner", "RunnerFile",
+    "BeatFrame", "FileFrame", "Frame", "Hello", "KeepOrder", "KeepProcess", "KeepState", "NodeRefused", "NodeRunner",
+    "Position", "ResetFrame", "RunnerFile", "Told",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -119,22 +122,6 @@ class KeepOrder(msgspec.Struct, frozen=True, kw_only=True):
     """What has ended in an older round is started again."""
     round: int = 0
     version: int = 1
-
-
-class FollowRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What to follow. Paths are paths on the node."""
-
-    root: str
-    patterns: tuple[str, ...]
-    """Files below root; `*` and `?` stay within one level."""
-    have: dict[str, Position] = {}
-    keep: str | None = None
-    """Keep folder whose state the beats carry; None: root itself or `node` in it, where there is one."""
-    lease: str | None = None
-    """File that is touched as long as we are here."""
-    beat_s: float = 5.0
-    poll_s: float = 0.2
-    limit_bytes_per_s: float | None = None
 
 
 class NodeRunner:
@@ -246,13 +233,15 @@ class NodeRunner:
     async def state(self, folder: str) -> KeepState:
         return self._typed(await self.verb("state", folder, timeout_s=30.0), KeepState)
 
-    async def tell(self, folder: str, command_id: str, do: str, *, grace_s: float = 20.0, **more: str) -> Told:
-        """Give a command (stop, kill, signal) and wait until it is done. The same id again gets the same answer.
+    async def tell(self, folder: str, command: Mapping[str, Any]) -> Told:
+        """Give a command and wait until it is done. The same id again gets the same answer, whatever happened between.
 
-        `more`: name (of one process; without it: all), signal (USR1, STOP, ...).
+        `command`: {"id", "do": "stop"|"kill"|"signal"} and as wanted `name` (of one process; left out: all),
+        `grace_s` (20 if left out here) and `signal` (USR1, STOP, ...).
         """
-        command = msgspec.json.encode({"id": command_id, "do": do, "grace_s": grace_s, **more})
-        answer = await self.verb("tell", folder, stdin=command, timeout_s=1.5 * grace_s + 45.0)
+        whole = {"grace_s": 20.0, **command}
+        timeout_s = 1.5 * float(whole["grace_s"]) + 60.0
+        answer = await self.verb("tell", folder, stdin=msgspec.json.encode(whole), timeout_s=timeout_s)
         return self._typed(answer, Told)
 
     def _typed(self, answer: Mapping[str, Any], kind: type[T]) -> T:
@@ -261,18 +250,44 @@ class NodeRunner:
         except msgspec.ValidationError as error:
             raise distrusted(str(error), self.host) from error
 
-    @asynccontextmanager
-    async def follow(self, request: FollowRequest, *, renew_s: float = 5.0) -> AsyncIterator[AsyncIterator[Frame]]:
-        """Frames of a run folder as they come, while the lease is renewed every `renew_s`.
+    async def follow(
+        self,
+        root: str,
+        patterns: Sequence[str],
+        *,
+        have: Mapping[str, Position] | None = None,
+        keep: str | None = None,
+        lease: str | None = None,
+        renew_s: float = 5.0,
+        beat_s: float = 5.0,
+        poll_s: float = 0.2,
+        limit_bytes_per_s: float | None = None,
+    ) -> AsyncGenerator[Frame, None]:
+        """Frames of the folder `root` on the node as they come (close the generator to let go of it).
 
-        The iteration never ends by itself: RemoteError when the connection, the runner or its beat does.
+        `patterns` name files below root, `*` and `?` stay within one level. `keep` is the keep folder whose state the
+        beats carry (left out: root itself or `node` in it). `lease` is a file there that is touched every `renew_s`
+        as long as we are here. It never ends by itself: RemoteError when the connection, the runner or its beat does.
         """
+        request = {
+            "root": root,
+            "patterns": patterns,
+            "have": have or {},
+            "keep": keep,
+            "lease": lease,
+            "beat_s": beat_s,
+            "poll_s": poll_s,
+            "limit_bytes_per_s": limit_bytes_per_s,
+        }
         stream = await self.connection.stream(self.argv("follow"))
         renewal: asyncio.Task[None] | None = None
         try:
             await stream.write(msgspec.json.encode(request) + b"\n")
-            renewal = asyncio.create_task(self._renew(stream, renew_s))
-            yield self._frames(stream, request)
+            if lease is not None:
+                renewal = asyncio.create_task(self._renew(stream, renew_s))
+            async with aclosing(self._frames(stream, patterns, max(15.0, 3 * beat_s))) as frames:
+                async for frame in frames:
+                    yield frame
         finally:
             if renewal is not None:
                 renewal.cancel()
@@ -288,15 +303,14 @@ class NodeRunner:
                 await asyncio.sleep(renew_s)
                 await stream.write(b"\n")
 
-    async def _frames(self, stream: Stream, request: FollowRequest) -> AsyncIterator[Frame]:
-        silence_s = max(15.0, 3 * request.beat_s)
+    async def _frames(self, stream: Stream, patterns: Sequence[str], silence_s: float) -> AsyncGenerator[Frame, None]:
         while True:
             try:
                 async with asyncio.timeout(silence_s):
                     line = await stream.read_line(HEADER_BYTES)
                     if not line:
                         break
-                    frame, size = header_of(line, request.patterns, self.host)
+                    frame, size = header_of(line, patterns, self.host)
                     if isinstance(frame, FileFrame):
                         frame = msgspec.structs.replace(frame, data=await stream.read_exactly(size))
             except TimeoutError as error:
