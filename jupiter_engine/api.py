@@ -39,6 +39,7 @@ __all__ = [
     "EngineInfo",
     "Lineage",
     "NodeFacts",
+    "RankLog",
     "Recorded",
     "SampleView",
     "Workspace",
@@ -50,6 +51,15 @@ __all__ = [
 ]
 
 EngineInfo = process.EngineInfo
+
+
+class RankLog(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one rank of a group writes what it prints."""
+
+    rank: int
+    host: str
+    path: Path
+    """Mirrored here while the rank runs elsewhere; may not exist yet."""
 
 
 class Workspace:
@@ -114,12 +124,18 @@ class Workspace:
         """
         return process.read_metrics(self.run_folder(run) / "metrics.jsonl", offset_bytes)
 
-    def log(self, run: str, offset_bytes: int = 0, *, limit_bytes: int = 256 * 1024) -> tuple[list[str], int]:
+    def log(
+        self, run: str, offset_bytes: int = 0, *, limit_bytes: int = 256 * 1024, rank: int | None = None
+    ) -> tuple[list[str], int]:
         """(lines of the worker's output after the offset, next offset); control characters removed.
 
-        At most `limit_bytes` are read; from further back the start is skipped.
+        With `rank`, the output of that rank in the newest launch of its group. At most `limit_bytes` are
+        read; from further back the start is skipped. A line that was drawn over and over (a progress bar's
+        carriage returns) is its last drawing.
         """
         path = self.run_folder(run) / "worker.log"
+        if rank is not None:
+            path = next((found.path for found in self.ranks(run) if found.rank == rank), path.with_name("no-such-rank"))
         if not path.exists():
             return [], 0
         size = path.stat().st_size
@@ -132,6 +148,23 @@ class Workspace:
         end = data.rfind(b"\n") + 1
         lines = data[:end].decode("utf-8", "replace").splitlines()
         return [plain_text(line.rsplit("\r", 1)[-1]) for line in lines], start + end
+
+    def ranks(self, run: str) -> list[RankLog]:
+        """The ranks of a run's newest launch over several machines, each with its machine and its output."""
+        folder = self.run_folder(run) / "ranks"
+        launches = sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
+        for launch in launches:
+            try:
+                hosts = msgspec.json.decode((folder / str(launch) / "hosts.json").read_bytes(), type=dict[str, str])
+            except (FileNotFoundError, msgspec.DecodeError):
+                # Not there yet, or half mirrored: the next look has it.
+                continue
+            logs = {rank: folder / str(launch) / f"rank-{rank}.log" for rank in hosts}
+            return [
+                RankLog(rank=int(rank), host=plain_text(host), path=logs[rank])
+                for rank, host in sorted(hosts.items(), key=lambda entry: int(entry[0]))
+            ]
+        return []
 
     # -- commands and the engine -----------------------------------------------------------------
     def submit(self, command: AnyCommand) -> int:

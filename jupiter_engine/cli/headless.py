@@ -13,7 +13,7 @@ import msgspec
 
 from jupiter_engine.api import Recorded, Workspace, progress_text, sentence
 from jupiter_engine.errors import ExitCode, JupiterError, exit_code_of, rebuild
-from jupiter_engine.orchestrator.engine import Engine, EngineLock
+from jupiter_engine.orchestrator.engine import Engine, EngineLock, fleet_stages
 from jupiter_engine.protocol import journal as j
 from jupiter_engine.protocol.commands import StartCycles
 from jupiter_engine.protocol.state import CycleState
@@ -96,7 +96,7 @@ def _run(workspace: Workspace, domain: str, cycles: int, *, json: bool) -> int:
 
 async def _serve(workspace: Workspace, narrator: Narrator, command: StartCycles) -> int:
     lock = EngineLock(workspace.root)
-    engine = Engine(workspace.root)
+    engine = Engine(workspace.root, stages=lambda: fleet_stages(workspace.root))
     interrupted = False
 
     def interrupt() -> None:
@@ -122,6 +122,7 @@ async def _serve(workspace: Workspace, narrator: Narrator, command: StartCycles)
         await serving
         narrator.show()
     finally:
+        await engine.dispatch.close()
         engine.database.close()
         lock.release()
     return ExitCode.INTERRUPTED if interrupted else _exit_code(workspace, narrator)

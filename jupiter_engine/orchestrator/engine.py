@@ -11,6 +11,7 @@ import fcntl
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Literal
 
@@ -21,6 +22,7 @@ from jupiter_engine.cluster.placement import require_duties
 from jupiter_engine.errors import JupiterError, StateError, UsageError
 from jupiter_engine.files import ProcessIdentity, disk_full, write_atomic, write_json
 from jupiter_engine.orchestrator.database import Database
+from jupiter_engine.orchestrator.dispatch import Dispatcher, Stages
 from jupiter_engine.orchestrator.handlers import CommandHandlers
 from jupiter_engine.orchestrator.plan import OrderWriter, Places, base_name, candidate_of, run_name
 from jupiter_engine.orchestrator.process import EngineInfo
@@ -30,12 +32,14 @@ from jupiter_engine.orchestrator.supervision import StageRun
 from jupiter_engine.protocol import commands as c
 from jupiter_engine.protocol import journal as j
 from jupiter_engine.protocol.decision import Decision
+from jupiter_engine.protocol.facts import Progress
 from jupiter_engine.protocol.orders import ModelRef
 from jupiter_engine.protocol.state import CycleState, Failure, StageState, State
 from jupiter_engine.remote.local import LocalRemote
 from jupiter_engine.remote.port import Remote
-from jupiter_engine.settings.cluster import launch_spec, load_cluster
+from jupiter_engine.settings.cluster import load_cluster
 from jupiter_engine.settings.domain import DomainSettings
+from jupiter_engine.units import plain_text
 
 TICK_S = 0.1
 IDLE_EXIT_S = 60.0
@@ -74,15 +78,18 @@ class EngineLock:
 class Engine:
     """The state machine. `step` does one round; `serve` repeats it until there is nothing left to do."""
 
-    def __init__(self, root: Path, remote: Remote | None = None) -> None:
+    def __init__(self, root: Path, remote: Remote | None = None, stages: Callable[[], Stages] | None = None) -> None:
+        """`remote` stands for this machine, `stages` makes the adapters for others (None: this machine only)."""
         self.root = root
         self.places = Places(root)
         self.database = Database(self.places.home / "jupiter.db")
         self.remote: Remote = remote or LocalRemote()
+        self.dispatch = Dispatcher(root, self.remote, stages)
         self.state = State()
         self._stage: StageRun | None = None
         self._halt_since = 0.0
         self._shut_down = False
+        self._progress: Progress | None = None
         self._refresh()
         self._handlers = CommandHandlers(self.root, self.database)
         self._append(j.EngineStarted(pid=os.getpid(), version=__version__))
@@ -122,6 +129,8 @@ class Engine:
     async def step(self) -> bool:
         """One round: commands first, then the active cycle. True if anything was done."""
         did = self._carry_out_commands()
+        self._take_notes()
+        await self.dispatch.tidy()
         cycle = self._active()
         if cycle is None:
             if self._stage is not None and self._stage.outcome is not None:
@@ -153,6 +162,25 @@ class Engine:
                 fix=error.fix,
             )
         )
+
+    def _take_notes(self) -> None:
+        """What there is to say about machines enters the journal; how far making them ready is, the progress."""
+        notes = self.dispatch.take_notes()
+        runs = {
+            run_name(cycle.id, stage): (cycle.id, stage) for cycle in self.state.cycles.values() for stage in j.STAGES
+        }
+        entries = []
+        for note in notes:
+            cycle_id, stage = runs.get(note.run, (None, None))
+            entries.append(j.Noted(cycle=cycle_id, stage=stage, level=note.level, text=plain_text(note.text)))
+        if entries:
+            self._append(*entries)
+        if self._stage is not None:
+            progress = self.dispatch.progress(self._stage.run)
+            if progress is not None and progress != self._progress:
+                self._progress = progress
+                with self.database.transaction():
+                    self.database.set_progress(self._stage.run, progress)
 
     def _carry_out_commands(self) -> bool:
         did = False
@@ -199,6 +227,7 @@ class Engine:
                 await run.kill()
             return False
         self._stage = None
+        await self.dispatch.forget(run.run)
         return True
 
     async def _halt(self, cycle: CycleState) -> bool:
@@ -236,7 +265,7 @@ class Engine:
     def _stage_run(self, cycle: CycleState, stage: StageState) -> StageRun:
         return StageRun(
             self.database,
-            self.remote,
+            self.dispatch.remote_of(stage.stage, self.places.run(run_name(cycle.id, stage.stage))),
             self.places.run(run_name(cycle.id, stage.stage)),
             cycle=cycle.id,
             domain=cycle.domain,
@@ -253,6 +282,9 @@ class Engine:
         took = await run.take_in()
         self._refresh()
         if run.outcome is not None or working or took:
+            if run.outcome is None and await self.dispatch.replace(stage.stage, run.folder):
+                self._stage = None
+                return True
             return took
         # The worker is gone and has said nothing final.
         self._stage = None
@@ -289,7 +321,8 @@ class Engine:
         cluster = load_cluster(self.root / "config" / "cluster.yaml").value
         require_duties(cluster)
         run.folder.mkdir(parents=True, exist_ok=True)
-        order = OrderWriter(self.state, cycle, settings, launch_spec(cluster), self.places).write(stage.stage)
+        launch = self.dispatch.launch()
+        order = OrderWriter(self.state, cycle, settings, launch, self.places).write(stage.stage)
         if stage.stage == "queue":
             self._write_accepted(cycle, run.folder / "accepted.jsonl")
         # A stage that was halted continues; it is not a further attempt.
@@ -412,15 +445,23 @@ def settings_of(cycle: CycleState) -> DomainSettings:
         ) from error
 
 
+def fleet_stages(root: Path) -> Stages:
+    """The adapters for other machines; ssh is loaded only when one is used."""
+    from jupiter_engine.cluster.fleet_stages import FleetStages
+
+    return FleetStages(root)
+
+
 async def run_engine(root: Path) -> None:
     """Hold the lock and serve until idle or told to end; SIGTERM and SIGINT halt the running stage first."""
     lock = EngineLock(root)
-    engine = Engine(root)
+    engine = Engine(root, stages=lambda: fleet_stages(root))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, engine.ask_shut_down)
     try:
         await engine.serve()
     finally:
+        await engine.dispatch.close()
         engine.database.close()
         lock.release()

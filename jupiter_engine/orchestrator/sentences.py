@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from jupiter_engine.protocol import journal as j
@@ -39,9 +40,15 @@ def sentence(entry: j.AnyEntry) -> str | None:
         case j.Noted():
             where = f"{entry.stage}: " if entry.stage else ""
             mark = "" if entry.level == "info" else f"{entry.level}: "
-            return f"{where}{mark}{entry.text}"
+            # Learnt only now: the time at which it happened is part of the news.
+            when = f"(at {_clock(entry.happened_at)}) " if entry.happened_at is not None else ""
+            return f"{where}{mark}{when}{entry.text}"
         case _:
             return None
+
+
+def _clock(at: float) -> str:
+    return datetime.fromtimestamp(at, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def result_text(stage: str, result: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ def apply(recorded: Recorded, state: State) -> State:
                 if generator.active:
                     generator.activations = [*generator.activations, (at, entry.reason)]
         case j.Noted():
-            _notice(state, at, entry.cycle, entry.stage, entry.level, entry.text)
+            _notice(state, entry.happened_at or at, entry.cycle, entry.stage, entry.level, entry.text)
         case _:
             _apply_to_cycle(entry, at, state.cycles[entry.cycle], state)
     return state

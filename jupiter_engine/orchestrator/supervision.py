@@ -26,6 +26,8 @@ WORKER_ENV = {
     # Spinning OpenMP threads hold cores that others (and their own partners) want; see docs/experiments/log.md.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+_LATE_S = 30.0
+"""A fact older than this when it is taken in keeps its own time in the journal."""
 STOP_GRACE_S = 60.0
 """A training step on a slow machine must fit in, so that a stop ends in a checkpoint and not in a kill."""
 
@@ -133,12 +135,20 @@ class StageRun:
             case facts.Records():
                 await self._take_in_rows(fact)
             case facts.Note():
-                text = plain_text(fact.text)
-                self._database.append(journal.Noted(cycle=self.cycle, stage=self.stage, level=fact.level, text=text))
+                noted = journal.Noted(
+                    cycle=self.cycle,
+                    stage=self.stage,
+                    level=fact.level,
+                    text=plain_text(fact.text),
+                    # Read long after it was written, when the engine was away meanwhile.
+                    happened_at=fact.at if time.time() - fact.at > _LATE_S else None,
+                )
+                self._database.append(noted)
             case facts.Finished():
                 self.outcome = fact
+                result = self._remote.localise(fact.result)
                 self._database.append(
-                    journal.StageFinished(cycle=self.cycle, stage=self.stage, run=self.run, result=fact.result)
+                    journal.StageFinished(cycle=self.cycle, stage=self.stage, run=self.run, result=result)
                 )
             case facts.Failed():
                 self.outcome = fact

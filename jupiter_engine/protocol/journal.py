@@ -160,6 +160,9 @@ class Noted(Entry, frozen=True, kw_only=True, tag="noted"):
     level: str
     """info | warning | error"""
     text: str
+    happened_at: float | None = None
+    """Seconds since the epoch, where it happened well before it was learnt here (a worker went on while no engine
+    ran); None: at the entry's own time."""
 
 
 AnyEntry = (

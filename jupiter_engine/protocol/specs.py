@@ -218,7 +218,7 @@ class LaunchSpec(Spec, frozen=True, kw_only=True):
     """The leading machine's file that says how the others are reached."""
     restarts_per_hour: CountOrZero = 5
     """How often the ranks may be started again within an hour."""
-    host_lost_after_s: Positive = 120.0
+    host_lost_after_s: Positive = 75.0
     """A host that could not be reached for so long is left out, if others remain."""
 
     def most_ranks_of_a_host(self) -> int:

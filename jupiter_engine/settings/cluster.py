@@ -152,7 +152,7 @@ class RetrySettings(Spec, frozen=True, kw_only=True):
     """How often a worker that died without a reason of its own is started again before the stage fails."""
     group_restarts_per_hour: CountOrZero = 5
     """How often a group of ranks may be started again from its last checkpoint within an hour."""
-    node_lost_after_s: Positive = 120.0
+    node_lost_after_s: Positive = 75.0
     """A machine of a training group that has not answered for so long is left out, if the others can go on."""
 
 

@@ -22,6 +22,8 @@ from jupiter_engine.protocol.specs import HostSpec, LaunchSpec
 
 BACKEND_VARIABLE = "JUPITER_BACKEND"
 RANKS_VARIABLE = "JUPITER_RANKS"
+UNREACHED = ("unreachable",)
+"""Kinds of the launcher's errors about a host that mean it was not reached."""
 _ASK_S = 8.0
 
 
@@ -53,7 +55,7 @@ def write_group_spec(
         "ssh_config": launch.ssh_config,
         "init_deadline_s": 90,
         "grace_s": 20,
-        "lease_s": 60,
+        "lease_s": launch.host_lost_after_s,
         "hosts": [msgspec.to_builtins(host) for host in hosts],
     }
     path = folder / "group-spec.json"
@@ -92,29 +94,37 @@ class Roll:
         self.left_out: set[str] = set()
 
     def lost(self, name: str) -> None:
-        self._silent_since.setdefault(name, time.monotonic())
+        if name != self._launch.hosts[0].name:
+            self._silent_since.setdefault(name, time.monotonic())
 
     def answered(self, name: str) -> None:
         self._silent_since.pop(name, None)
 
-    def waits_for(self) -> set[str]:
+    def missed(self) -> set[str]:
         """Hosts that are silent but not given up yet."""
         return set(self._silent_since) - self.left_out
 
-    def present(self) -> tuple[tuple[HostSpec, ...], list[str]]:
-        """(hosts of the next launch, sentences about who was left out or has come back)."""
+    def present(self) -> tuple[HostSpec, ...]:
+        """The hosts that take part."""
+        return tuple(host for host in self._launch.hosts if host.name not in self.left_out)
+
+    def look(self) -> list[str]:
+        """Ask the silent ones; returns sentences about who was left out or has come back."""
         said: list[str] = []
         for host in self._launch.hosts[1:]:
-            if host.name in self.left_out and self._reachable(host):
-                self.left_out.discard(host.name)
-                self.answered(host.name)
-                said.append(f"{host.name} answers again and takes part")
             since = self._silent_since.get(host.name)
-            if since is not None and host.name not in self.left_out and self._given_up(since):
+            if since is None:
+                continue
+            if self._reachable(host):
+                if host.name in self.left_out:
+                    self.left_out.discard(host.name)
+                    said.append(f"{host.name} answers again and takes part")
+                self.answered(host.name)
+            elif host.name not in self.left_out and self._given_up(since):
                 self.left_out.add(host.name)
                 silence = time.monotonic() - since
                 said.append(f"{host.name} has not answered for {silence:.0f} s; the group goes on without it")
-        return tuple(host for host in self._launch.hosts if host.name not in self.left_out), said
+        return said
 
     def _given_up(self, since: float) -> bool:
         return time.monotonic() - since > self._launch.host_lost_after_s

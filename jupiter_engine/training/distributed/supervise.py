@@ -32,7 +32,7 @@ from jupiter_engine.files import ProcessIdentity, write_json
 from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.specs import HostSpec, LaunchSpec
 from jupiter_engine.training.distributed import reports
-from jupiter_engine.training.distributed.hosts import GroupEvents, Roll, write_group_spec
+from jupiter_engine.training.distributed.hosts import UNREACHED, GroupEvents, Roll, write_group_spec
 from jupiter_engine.training.distributed.launchers import PROGRAM, launch_command, launch_environment
 from jupiter_engine.training.distributed.stall import Progress
 from jupiter_engine.units import plain_text
@@ -44,6 +44,8 @@ _GROUP_TERM_S = 60.0
 _PAUSES_S = (1.0, 5.0, 15.0, 60.0)
 """Before a launch that follows a futile one (the first: before one that follows a death after progress)."""
 _HOUR_S = 3600.0
+_MISSED_S = 2.0
+"""Between two looks for a machine that does not answer."""
 _TAIL_BYTES = 4000
 
 
@@ -132,7 +134,10 @@ class Supervisor:
         end_leftovers(self._folder)
         futile, best = 0, -1
         while True:
-            launch = self._start()
+            hosts = self._gather()
+            if hosts is None:
+                return None
+            launch = self._start(hosts)
             try:
                 why = self._follow(launch)
             finally:
@@ -145,7 +150,7 @@ class Supervisor:
                 return None
             if launch.last_step > best:
                 futile = 0
-            elif not self._roll.waits_for():
+            elif not self._roll.missed():
                 # A launch that failed for want of a machine proves nothing about the training.
                 futile += 1
             best = max(best, launch.last_step)
@@ -154,6 +159,16 @@ class Supervisor:
             pause = _PAUSES_S[min(futile, len(_PAUSES_S) - 1)]
             self._listener.note(f"{why}; starting the ranks again from the last checkpoint in {pause:.0f} s", "warning")
             if _wait(lambda: not self._listener.halt_asked(), pause) is False:
+                return None
+
+    def _gather(self) -> tuple[HostSpec, ...] | None:
+        """The hosts of the next launch: waits for a silent one until it answers or its time is up. None: halted."""
+        while True:
+            for text in self._roll.look():
+                self._listener.note(text, "warning")
+            if not self._roll.missed():
+                return self._roll.present()
+            if not _wait(lambda: not self._listener.halt_asked(), _MISSED_S):
                 return None
 
     def _spent(self) -> bool:
@@ -165,16 +180,13 @@ class Supervisor:
         return len(self._launched_at) > self._spec.restarts_per_hour
 
     # -- one launch ------------------------------------------------------------------------------
-    def _start(self) -> _Launch:
+    def _start(self, hosts: tuple[HostSpec, ...]) -> _Launch:
         generation = 1 + max((int(p.name) for p in self._ranks_folder.iterdir() if p.name.isdigit()), default=0)
         folder = self._ranks_folder / str(generation)
         folder.mkdir()
         me = ProcessIdentity.of(os.getpid())
         group = reports.Group(generation=generation, supervisor=me)
         write_json(self._ranks_folder / "group.json", group)
-        hosts, said = self._roll.present()
-        for text in said:
-            self._listener.note(text, "warning")
         if hosts:
             spec = write_group_spec(self._spec, hosts, self._folder, generation, PROGRAM)
             argv, env = [*hosts[0].runner, "group", str(spec)], dict(os.environ)
@@ -308,13 +320,14 @@ class Supervisor:
                     launch.silent.discard(host)
                     self._roll.answered(host)
                     self._listener.note(f"{host} answers again")
+                case "host_lost" | "host_failed" if event.get("kind") in (None, *UNREACHED):
+                    self._roll.lost(host)
                 case "rank_stopped" if isinstance(rank, int):
                     launch.progress.stopped.add(rank)
-                case "rank_exited" if isinstance(rank, int) and event.get("exit_status") != 0:
-                    how = f"signal {event['signal']}" if event.get("signal") else f"status {event.get('exit_status')}"
-                    launch.end = launch.end or f"{launch.named(rank)} ended with {how}"
+                case "rank_resumed" if isinstance(rank, int):
+                    launch.progress.stopped.discard(rank)
                 case "ended":
-                    launch.end = launch.end or plain_text(str(event.get("reason", "")))
+                    launch.end = plain_text(str(event.get("reason", "")))
 
     @staticmethod
     def _quiet(launch: _Launch) -> None:
