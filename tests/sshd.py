@@ -22,6 +22,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from jupiter_engine.remote.host_keys import KnownHosts
+from jupiter_engine.settings.cluster import NodeSpec
+
 START_DEADLINE_S = 10.0
 
 
@@ -68,6 +71,15 @@ class Sshd:
     public_key: str = ""
     """Of the host: `ssh-ed25519 AAAA...`."""
     _stopped: bool = field(default=False, repr=False)
+
+    def node(self, **more: object) -> NodeSpec:
+        """Its entry in a cluster file."""
+        fields = {"name": "node", "host": self.host, "ssh_port": self.port, "ssh_user": self.user}
+        return NodeSpec(**{**fields, "identity": str(self.identity), **more})  # type: ignore[arg-type]
+
+    def trusted(self, own: Path | None = None) -> KnownHosts:
+        """Known hosts of a workspace that trust exactly this server; nothing of the real user's counts."""
+        return KnownHosts(self.known_hosts(own), user=(), system=())
 
     def known_hosts(self, path: Path | None = None) -> Path:
         """A known_hosts file that trusts exactly this server."""

@@ -138,7 +138,10 @@ class FileCommands:
         """Copy regular files below `folder` into the local `target`, as one stream. Only what was asked for is taken,
         each once, never more than `limit_bytes` in all, never outside `target`; anything else is a RemoteError."""
         argv = shell(_PACK, safe_path(folder))
-        receiver = Receiver(target, names, limit_bytes=limit_bytes)
+        try:
+            receiver = Receiver(target, names, limit_bytes=limit_bytes)
+        except TarRefused as error:
+            raise RemoteError(f"not fetched from {self.name}: {error}", host=self.host, argv=argv) from error
         stream = await self.stream(argv)
         feeding = asyncio.create_task(self._name_files(stream, names))
         try:

@@ -15,7 +15,7 @@ from jupiter_engine.remote import failures
 from jupiter_engine.remote.file_commands import FileCommands
 from jupiter_engine.remote.local import LocalRemote
 from jupiter_engine.remote.port import Completed, Progress
-from jupiter_engine.remote.tar_stream import checked_name
+from jupiter_engine.remote.tar_stream import TarRefused, checked_name
 
 Script = Callable[[Path], bool]
 """Called with the run folder when its worker starts; returns whether the worker goes on living."""
@@ -121,7 +121,7 @@ class ScriptedConnection(FileCommands):
         sent = 0
         for path, name in files:
             data = path.read_bytes()
-            self.files[f"{folder}/{checked_name(name)}"] = data
+            self.files[self._place(folder, name)] = data
             sent += len(data)
             if progress is not None:
                 progress(sent)
@@ -137,7 +137,7 @@ class ScriptedConnection(FileCommands):
     ) -> None:
         fetched = 0
         for name in names:
-            data = self.files.get(f"{folder}/{checked_name(name)}")
+            data = self.files.get(self._place(folder, name))
             if data is None:
                 raise RemoteError(f"{folder}/{name} does not exist", host=self.host)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +145,12 @@ class ScriptedConnection(FileCommands):
             fetched += len(data)
             if progress is not None:
                 progress(fetched)
+
+    def _place(self, folder: str, name: str) -> str:
+        try:
+            return f"{folder}/{checked_name(name)}"
+        except TarRefused as error:
+            raise RemoteError(str(error), host=self.host) from error
 
     async def wait_lost(self) -> RemoteError:
         await self._ended.wait()
