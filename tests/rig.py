@@ -147,19 +147,33 @@ class RigHost:
         self, *argv: str, input_text: str | None = None, check: bool = True, timeout_s: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the host without going over the network."""
-        if self._init is None:
-            raise RuntimeError(f"{self.name} is off")
-        (first,) = _children(self._init.pid)
-        environment = {"HOME": str(self.home), "PATH": os.environ["PATH"], "USER": "root"}
         return subprocess.run(
-            ["nsenter", f"--target={first}", "--net", "--mount", "--uts", "--pid", "--wd=" + str(self.home), *argv],
+            self.command(*argv),
             input=input_text,
             capture_output=True,
             text=True,
             check=check,
             timeout=timeout_s,
-            env=environment,
+            env=self.environment,
         )
+
+    def start(self, *argv: str) -> subprocess.Popen[str]:
+        """Start a command on the host, with pipes to its standard input and output. Its own pid is another process's:
+        see `outer_pid`."""
+        pipe = subprocess.PIPE
+        return subprocess.Popen(self.command(*argv), stdin=pipe, stdout=pipe, text=True, env=self.environment)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a login there would have."""
+        return {"HOME": str(self.home), "PATH": os.environ["PATH"], "USER": "root"}
+
+    def command(self, *argv: str) -> list[str]:
+        """The command that runs `argv` on the host without going over the network."""
+        if self._init is None:
+            raise RuntimeError(f"{self.name} is off")
+        (first,) = _children(self._init.pid)
+        return ["nsenter", f"--target={first}", "--net", "--mount", "--uts", "--pid", f"--wd={self.home}", *argv]
 
     def inner_pid(self, pid: int) -> int:
         """What the host itself calls a process that this machine calls `pid`."""

@@ -43,6 +43,8 @@ _LAUNCHER_S = 4.0
 _CATCH_UP_S = 6.0
 _SWIFT_S, _CALM_S = 0.2, 1.0
 _REFUSALS = 5
+_ASKED = ("TERM", "INT", "HUP")
+"""Signals by which a process is asked to end."""
 
 
 class Failed(Exception):
@@ -356,10 +358,22 @@ class Group:
             raise Failed(f"{self._launcher_ended[1]} before the ranks were done")
 
     def _tell_failures(self) -> str:
-        """Note the deaths, the likeliest cause first: who was killed before who then failed for want of a peer."""
-        deaths = sorted(self._failures, key=lambda death: (not death[1]["signal"], death[1].get("ended_at") or 0.0))
+        """Note the deaths, the likeliest cause first, and return that one in words.
+
+        Who was killed died before those who then failed for want of a peer; who was asked to end was asked by a
+        launcher that had seen another's death.
+        """
+
+        def order(death: tuple[int, dict[str, Any]]) -> tuple[int, float]:
+            told = death[1]
+            kind = 1 if not told["signal"] else 2 if told["signal"] in _ASKED else 0
+            return kind, told.get("ended_at") or 0.0
+
+        deaths = sorted(self._failures, key=order)
         self._failures.clear()
-        for rank, told in deaths:
+        for index, (rank, told) in enumerate(deaths):
+            if index and told["signal"] in _ASKED and self._spec.launcher != "direct":
+                told["ended_by"] = self._ranks.known[rank]["ended_by"] = self._spec.launcher
             self._note("rank_exited", rank=rank, host=self._ranks.known[rank]["host"], **told)
         return self._ranks.in_words(deaths[0][0]) if deaths else ""
 

@@ -1,0 +1,223 @@
+"""One suite for every launcher: a group of ranks on this machine, and on three hosts of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.launch.launches import KINDS, Launch
+from tests.rig import Rig
+
+Make = Callable[..., Launch]
+
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind != "direct-mlx" else ()) for kind in KINDS]
+QUICK_KINDS = ["direct-mlx", "mlx.launch", pytest.param("torchrun", marks=pytest.mark.slow)]
+"""For what does not need a framework in the ranks: twin is empty there."""
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """Makes launches; whatever a failed test leaves of them is ended."""
+    made: list[Launch] = []
+
+    def build(kind: str, *, rig: Rig | None = None, **arguments: Any) -> Launch:
+        launch = Launch(kind, tmp_path, arguments.pop("order", {}), rig=rig, **arguments)
+        made.append(launch)
+        return launch
+
+    yield build
+    for launch in made:
+        launch.close()
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    # dash: mlx.launch's scripts are bash, whatever the login shell of the other hosts is.
+    with Rig(3, shell="/bin/dash") as made:
+        yield made
+
+
+# -- this machine --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", SLOW_KINDS)
+def test_results_statuses_and_logs_of_every_rank(make: Make, kind: str) -> None:
+    launch = make(kind)
+    assert launch.run() == 0, launch.output
+    for rank in (0, 1):
+        ready, said, over = launch.reports(rank)
+        assert (ready["report"], ready["threads"]) == ("ready", "1")
+        assert (said["value"], over["report"]) == (3.0, "over")
+        lines = launch.log(rank).splitlines()
+        assert [line for line in lines if "line" in line] == [f"rank {rank} line {index}" for index in range(200)]
+        assert f"rank {rank} errs" in lines
+        assert not any(f"rank {1 - rank}" in line for line in lines)
+    assert launch.last_line() == {
+        "ended": "done",
+        "reason": "",
+        "ranks": {str(rank): {"host": "here", "exit_status": 0, "signal": None} for rank in (0, 1)},
+        "left": [],
+    }
+    names = {event["event"] for event in launch.events()}
+    assert names == {"prepared", "started", "ready", "rank_started", "rank_exited", "ended"}
+    started = {event["rank"]: event["process"]["pid"] for event in launch.events("rank_started")}
+    assert started == {rank: launch.reports(rank)[0]["process"]["pid"] for rank in (0, 1)}
+    launch.assert_nothing_left()
+
+
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+@pytest.mark.parametrize(
+    ("act", "exit_status", "number", "words"),
+    [
+        ("raise", 1, None, "ended with status 1"),
+        ("exit 3", 3, None, "ended with status 3"),
+        ("kill", None, "KILL", "was ended by signal KILL"),
+    ],
+)
+def test_a_ranks_end_is_told_as_it_was(
+    make: Make, kind: str, act: str, exit_status: int | None, number: str | None, words: str
+) -> None:
+    launch = make(kind, order={"twin": "", "acts": {"1": act}, "seconds": 60.0})
+    assert launch.run() == 1
+    last = launch.last_line()
+    assert last["ended"] == "failed"
+    assert last["reason"] == f"rank 1 on here {words}"
+    assert last["ranks"]["1"] == {"host": "here", "exit_status": exit_status, "signal": number}
+    # The other one was ended because of that (mlx.launch and torchrun may be faster than the group).
+    assert last["ranks"]["0"]["ended_by"] in ("group", launch.spec["launcher"])
+    died = launch.events("rank_exited")[0]
+    assert (died["rank"], died["exit_status"], died["signal"]) == (1, exit_status, number)
+    if act == "raise":
+        assert "ValueError: rank 1 does not like this" in launch.log(1)
+    launch.assert_nothing_left()
+
+
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+def test_a_death_is_seen_within_a_second_and_ends_the_launch(make: Make, kind: str) -> None:
+    launch = make(kind, order={"twin": "", "seconds": 60.0})
+    launch.start()
+    launch.until_joined()
+    killed_at = time.time()
+    os.kill(launch.rank_pid(0), signal.SIGKILL)
+    assert launch.wait() == 1
+    assert launch.last_line()["reason"] == "rank 0 on here was ended by signal KILL"
+    assert launch.events("rank_exited")[0]["at"] - killed_at < 1.5
+    launch.assert_nothing_left()
+
+
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+@pytest.mark.parametrize("moment", ["at work", "at once"])
+def test_sigterm_ends_everything(make: Make, kind: str, moment: str) -> None:
+    launch = make(kind, order={"twin": "", "seconds": 60.0})
+    launch.start()
+    if moment == "at work":
+        launch.until_joined()
+    else:
+        launch.until(lambda: launch.folder.joinpath("hosts.json").exists(), "the beginning")
+    os.kill(launch.pid(), signal.SIGTERM)
+    assert launch.wait() == 143
+    assert launch.last_line()["ended"] == "stopped"
+    launch.assert_nothing_left()
+
+
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+def test_without_a_leader_the_lease_ends_the_ranks(make: Make, kind: str) -> None:
+    launch = make(kind, order={"twin": "", "seconds": 60.0}, lease_s=3)
+    launch.start()
+    launch.until_joined()
+    os.kill(launch.pid(), signal.SIGKILL)
+    assert launch.wait() == -signal.SIGKILL
+    assert launch.processes()
+    launch.assert_nothing_left(15.0)
+
+
+def test_a_stopped_rank_is_told_and_left_alone(make: Make) -> None:
+    launch = make("direct-mlx", order={"twin": "", "seconds": 4.0})
+    launch.start()
+    launch.until_joined()
+    os.kill(launch.rank_pid(1), signal.SIGSTOP)
+    launch.until_event("rank_stopped", rank=1, host="here")
+    time.sleep(2.0)
+    os.kill(launch.rank_pid(1), signal.SIGCONT)
+    launch.until_event("rank_resumed", rank=1)
+    assert launch.wait() == 0
+
+
+def test_a_rank_that_never_reports_ready_is_named(make: Make) -> None:
+    launch = make("direct-mlx", order={"twin": "", "acts": {"1": "never ready"}, "seconds": 60.0}, init_deadline_s=3)
+    assert launch.run() == 1
+    assert launch.last_line()["reason"] == "not ready within 3 s: rank 1 on here"
+    launch.assert_nothing_left()
+
+
+def test_taken_ports_are_passed_over(make: Make) -> None:
+    free = make("direct-mlx", order={"twin": ""})
+    assert free.run() == 0
+    port = free.events("started")[0]["port"]
+    with socket.create_server(("127.0.0.1", port + 509)):
+        launch = make("direct-mlx", order={})
+        assert launch.run() == 0
+        (prepared,) = launch.events("prepared")
+        assert prepared["busy"] == [port + 509]
+        assert launch.events("started")[0]["port"] == port + 510
+
+
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+def test_a_launch_ends_what_an_older_one_left(make: Make, kind: str) -> None:
+    old = make(kind, order={"twin": "", "seconds": 60.0})
+    old.start()
+    old.until_joined()
+    os.kill(old.pid(), signal.SIGKILL)
+    old.wait()
+    kept = {old.rank_pid(rank) for rank in (0, 1)}
+    launch = make(kind, order={"twin": "", "seconds": 0.5})
+    assert launch.run() == 0, launch.output
+    assert launch.events("prepared")[0]["ended"]
+    assert not any(psutil.pid_exists(pid) for pid in kept)
+    launch.assert_nothing_left()
+
+
+def test_a_child_that_a_rank_leaves_is_ended(make: Make) -> None:
+    launch = make("direct-mlx", order={"twin": "", "acts": {"0": "leave a child"}, "seconds": 1.0})
+    launch.start()
+    launch.until_joined()
+
+    def children() -> list[psutil.Process]:
+        sleepers = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "600"]]
+        return [p for p in sleepers if p.environ().get("JUPITER_TEST") == str(launch.run_folders["here"])]
+
+    assert len(launch.until(children, "the child")) == 1
+    assert launch.wait() == 0
+    assert children() == []
+
+
+def test_a_program_that_is_not_there_is_refused(make: Make) -> None:
+    launch = make("direct-mlx", program=["-m", "no_such_module"])
+    assert launch.run() == 1
+    assert "finds no no_such_module" in launch.last_line()["reason"]
+    assert launch.events("host_failed")[0]["kind"] == "python"
+    launch.assert_nothing_left()
+
+
+@pytest.mark.parametrize("kind", ["direct-mlx", "mlx.launch"])
+def test_the_launcher_sleeps_while_ranks_work(make: Make, kind: str) -> None:
+    """mlx.launch by itself takes 10 CPU seconds in 10; see scripts/bench/launch."""
+    launch = make(kind, order={"twin": "", "seconds": 60.0})
+    launch.start()
+    launch.until_joined()
+    time.sleep(2.5)
+    ranks = {launch.rank_pid(0), launch.rank_pid(1)}
+    family = [psutil.Process(pid) for pid in launch.processes() if pid not in ranks]
+    before = sum(sum(process.cpu_times()[:2]) for process in family)
+    time.sleep(4.0)
+    spent_s = sum(sum(process.cpu_times()[:2]) for process in family) - before
+    assert len(family) >= 6
+    assert spent_s < 0.5
+    os.kill(launch.pid(), signal.SIGTERM)
+    assert launch.wait() == 143
