@@ -163,6 +163,18 @@ async def link(
     return LinkFiles(ssh_config=f"{folder}/ssh_config", aliases=aliases)
 
 
+async def made(cluster: ClusterSettings, group: GroupSpec, leader: Connection, *, root: Path) -> LinkFiles | None:
+    """The files of a link that was made before; None: there is none. Only looks."""
+    nodes = group_nodes(cluster, group)
+    if len(nodes) == 1 or not (root / KEY_FILE).exists():
+        return None
+    _, public = workspace_key(root)
+    path = f"{_folder(nodes[0], (await _about(leader)).home, public, group)}/ssh_config"
+    if not await leader.read(path):
+        return None
+    return LinkFiles(ssh_config=path, aliases=_aliases(nodes[1:]))
+
+
 async def check_links(leader: Connection, files: LinkFiles) -> dict[str, str]:
     """Whether the leading machine reaches each of the others: node -> what ssh said; empty: it does."""
     names = list(files.aliases)
