@@ -137,6 +137,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--bind", default="", help="address of --echo-serve")
     parser.add_argument("--echo-to", default="", help="HOST:PORT of an --echo-serve")
     parser.add_argument("--token", default="")
+    parser.add_argument("--echo-bytes", type=int, default=reach.ECHO_LIMIT_BYTES, help="at most so many each way")
     return parser.parse_args(list(argv))
 
 
@@ -148,9 +149,9 @@ def main(argv: list[str]) -> int:
     if targets:
         answer = reach.reach_detached(targets) if arguments.detached else reach.reach(targets)
     elif arguments.echo_serve:
-        answer = reach.echo_serve(arguments.bind, sys.stdout)
+        answer = reach.echo_serve(arguments.bind, sys.stdout, arguments.echo_bytes)
     elif arguments.echo_to:
-        answer = reach.echo_to(arguments.echo_to, arguments.token)
+        answer = reach.echo_to(arguments.echo_to, arguments.token, arguments.echo_bytes)
     else:
         answer = probe(arguments)
     sys.stdout.write(json.dumps(answer) + "\n")

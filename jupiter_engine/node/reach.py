@@ -127,7 +127,7 @@ def _orphan(targets: Sequence[str], reader: int, writer: int) -> None:
         os._exit(status)
 
 
-def echo_serve(bind: str, out: IO[str]) -> dict[str, Any]:
+def echo_serve(bind: str, out: IO[str], limit_bytes: int = ECHO_LIMIT_BYTES) -> dict[str, Any]:
     """Print {"port", "token"}, take one peer's bytes, send as many back; ends after one peer or ECHO_WAIT_S."""
     token = os.urandom(16).hex()
     family = socket.AF_INET6 if ":" in bind else socket.AF_INET
@@ -150,27 +150,27 @@ def echo_serve(bind: str, out: IO[str]) -> dict[str, Any]:
                 if _exactly(peer, len(token)) != token.encode():
                     continue
                 try:
-                    return _serve_peer(peer)
+                    return _serve_peer(peer, limit_bytes)
                 except OSError as error:
                     return {"error": f"the peer was lost: {error}"}
     return {"error": f"nobody connected within {ECHO_WAIT_S:.0f} s"}
 
 
-def _serve_peer(peer: socket.socket) -> dict[str, Any]:
+def _serve_peer(peer: socket.socket, limit_bytes: int) -> dict[str, Any]:
     received, seconds = _drain(peer)
     peer.sendall(json.dumps({"received_bytes": received, "seconds": seconds}).encode() + b"\n")
-    sent = _flood(peer)
+    sent = _flood(peer, limit_bytes)
     peer.shutdown(socket.SHUT_WR)
     return {"received_bytes": received, "receive_s": seconds, "sent_bytes": sent}
 
 
-def echo_to(target: str, token: str) -> dict[str, Any]:
+def echo_to(target: str, token: str, limit_bytes: int = ECHO_LIMIT_BYTES) -> dict[str, Any]:
     """{"to_bytes_per_s", "from_bytes_per_s", "sent_bytes", "received_bytes"}: both directions, one after the other."""
     try:
         with socket.create_connection(address_of(target), timeout=3.0) as peer:
             peer.settimeout(ECHO_SECONDS + 5.0)
             peer.sendall(token.encode())
-            sent = _flood(peer)
+            sent = _flood(peer, limit_bytes)
             peer.shutdown(socket.SHUT_WR)
             head = b""
             while not head.endswith(b"\n"):
@@ -204,11 +204,11 @@ def _exactly(peer: socket.socket, size: int) -> bytes:
     return data
 
 
-def _flood(peer: socket.socket) -> int:
-    """Send for ECHO_SECONDS or ECHO_LIMIT_BYTES, whichever is first; returns the bytes handed to the system."""
+def _flood(peer: socket.socket, limit_bytes: int) -> int:
+    """Send for ECHO_SECONDS or `limit_bytes`, whichever is first; returns the bytes handed to the system."""
     chunk, sent, deadline = memoryview(bytes(CHUNK_BYTES)), 0, time.monotonic() + ECHO_SECONDS
-    while sent < ECHO_LIMIT_BYTES and time.monotonic() < deadline:
-        sent += peer.send(chunk)
+    while sent < limit_bytes and time.monotonic() < deadline:
+        sent += peer.send(chunk[: limit_bytes - sent])
     return sent
 
 

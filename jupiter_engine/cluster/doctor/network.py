@@ -240,7 +240,7 @@ def peer_login(e: Evidence) -> Iterator[Verdict]:
             good.append(login.b)
         else:
             text = f"{login.a}, which leads a group, cannot log in to {login.b}: {login.text or 'ssh gave no reason'}."
-            yield fail((login.a, login.b), text, person(f"`ssh {login.b}` on {login.a} must work without a question"))
+            yield fail((login.a, login.b), text, person("run `jupiter nodes link` to set it up anew"))
     if good:
         yield ok(good, f"The leading node logs in to {names(good)} without a question.")
 

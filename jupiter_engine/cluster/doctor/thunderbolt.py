@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Literal
 
 from jupiter_engine.cluster.doctor.evidence import Evidence, tool_text
 from jupiter_engine.cluster.doctor.registry import Theme, Verdict, command, fail, info, names, ok, person, warn
@@ -24,8 +24,8 @@ _theme = Theme()
 
 def machine(name: str, facts: NodeFacts) -> Machine:
     """The node's network and Thunderbolt answers, read."""
-    system = "Darwin" if facts.system.startswith("Darwin") else "Linux"
-    return read_machine(NodeTools(name=name, host=facts.host, system=system, raw=facts.raw))  # type: ignore[arg-type]
+    system: Literal["Darwin", "Linux"] = "Darwin" if facts.system.startswith("Darwin") else "Linux"
+    return read_machine(NodeTools(name=name, host=facts.host, system=system, raw=facts.raw))
 
 
 def _over_thunderbolt(e: Evidence) -> set[str]:
