@@ -233,7 +233,7 @@ class Mirror:
         self._remember(name, staged.inode)
 
     async def _announce_new(self, path: Path) -> bytes:
-        """Await `before_events` for the lines that the present copy does not begin with; cut off and return the rest."""
+        """Await `before_events` for the lines that the present copy does not have; cut off and return the rest."""
         assert self._before_events is not None
         *lines, partial = _lines(path)
         seen = _lines(self._folder / EVENTS)[:-1]
