@@ -290,8 +290,8 @@ class Fleet:
         return (node.python or "") if node.environment == "own" else ""
 
     # -- groups --------------------------------------------------------------------------------------------
-    async def plans(self) -> tuple[GroupPlan, ...]:
-        """How each group would be launched, from the facts there are; asks machines that have given none yet."""
+    async def plans(self, *, ask: bool = False) -> tuple[GroupPlan, ...]:
+        """How each group would be launched, from the facts there are; `ask`: machines that have given none first."""
         groups = self.cluster.groups or default_groups(self.cluster)
         silent = {
             node.title()
@@ -299,11 +299,16 @@ class Fleet:
             for node in group_nodes(self.cluster, group)
             if self._members[node.title()].facts is None
         }
-        if silent:
+        if silent and ask:
             await self.refresh_facts(names=sorted(silent))
         self._groups = tuple(self._plan(group) for group in groups)
         self._changed()
         return self._groups
+
+    async def plan(self, group: GroupSpec) -> GroupPlan:
+        """How these machines would be launched now, from fresh facts; a group need not be one of the cluster file's."""
+        await self.refresh_facts(names=[node.title() for node in group_nodes(self.cluster, group)])
+        return self._plan(group)
 
     def _plan(self, group: GroupSpec) -> GroupPlan:
         nodes = group_nodes(self.cluster, group)
@@ -342,10 +347,10 @@ class Fleet:
         `names`: only findings about these nodes. `progress` is told what is being done.
         """
         say = progress or (lambda _: None)
-        timeout_s = self.cluster.connection.connect_timeout_s
         say(f"asking {len(self._members)} node(s)")
+        # One call of each decides: who is away now is reported, not waited for.
         self.wake()
-        await self.refresh_facts(wait_s=timeout_s)
+        await self.refresh_facts()
         plans = await self.plans()
         evidence = self._evidence(plans)
         runners = {

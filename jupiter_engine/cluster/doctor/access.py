@@ -37,7 +37,7 @@ _theme = Theme()
 def unreachable(e: Evidence) -> Iterator[Verdict]:
     for name, problem in e.problems.items():
         fix = person(problem.fix) if problem.fix else None
-        text = f"{name} cannot be used: {problem.text.rstrip('.')}."
+        text = f"{name} cannot be used: {problem.text.removeprefix(f'{name}: ').rstrip('.')}."
         yield fail((name,), text, fix) if e.needed(name) else warn((name,), text, fix)
     if e.facts:
         yield ok(e.facts, f"{len(e.facts)} of {len(e.facts) + len(e.problems)} nodes answer.")

@@ -17,7 +17,8 @@ SPEED_SHARE: Final = 0.25
 """Of the negotiated speed; Thunderbolt's TCP reaches about half of it (52-63 of 80 Gbit/s on the fastest Macs)."""
 SLOW_BYTES_PER_S: Final = 50_000_000
 """Half of gigabit Ethernet."""
-NOT_A_LAN: Final = frozenset({"vpn", "virtual", "loopback"})
+NOT_A_LAN: Final = frozenset({"vpn", "virtual"})
+"""Loopback is chosen only where all nodes are one machine, and there it is right."""
 
 _theme = Theme()
 
