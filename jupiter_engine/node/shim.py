@@ -79,8 +79,9 @@ def shell(arguments: list[str]) -> int:
     bash = shutil.which("bash") or "/bin/bash"
     if not Path(bash).exists():
         raise NodeError("missing", "mlx.launch needs bash, which is not installed here", "use launcher: direct")
-    # Its temporary files: made here, removed with the launch.
-    Path(order["env"]["TMPDIR"]).mkdir(exist_ok=True)
+    if not Path(order["env"]["TMPDIR"]).is_dir():
+        # Made by rank-go, removed with everything else: nothing may be started after that.
+        raise NodeError("over", "this launch has ended here")
     os.execve(bash, [bash, "-c", script], {**os.environ, **order["env"]})  # noqa: S606 - the script came over ssh
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.launch.launches import KINDS, Launch
-from tests.rig import Rig
+from tests.rig import Rig, needs_rig
 
 Make = Callable[..., Launch]
 
@@ -221,3 +221,179 @@ def test_the_launcher_sleeps_while_ranks_work(make: Make, kind: str) -> None:
     assert spent_s < 0.5
     os.kill(launch.pid(), signal.SIGTERM)
     assert launch.wait() == 143
+
+
+# -- three hosts ---------------------------------------------------------------------------------------
+@needs_rig
+@pytest.mark.parametrize("kind", SLOW_KINDS)
+def test_three_hosts_sum_and_their_logs_come_to_the_leader(make: Make, rig: Rig, kind: str) -> None:
+    launch = make(kind, rig=rig, ranks=(1, 1, 1))
+    assert launch.run() == 0, (launch.output, launch.events())
+    for rank, name in enumerate(("node1", "node2", "node3")):
+        said = launch.reports(rank)[1]
+        assert (said["value"], said["host"]) == (6.0, name)
+        there = launch.run_folders[name] / "ranks" / str(launch.generation)
+        assert launch.log(rank) == (there / f"rank-{rank}.log").read_text()
+        assert f"rank {rank} line 199\n" in launch.log(rank)
+        assert launch.last_line()["ranks"][str(rank)] == {"host": name, "exit_status": 0, "signal": None}
+        identity = next(event["process"] for event in launch.events("rank_started") if event["rank"] == rank)
+        assert identity["pid"] == launch.reports(rank)[0]["process"]["pid"]
+    launch.assert_nothing_left()
+
+
+@needs_rig
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+def test_several_ranks_on_some_hosts(make: Make, rig: Rig, kind: str) -> None:
+    launch = make(kind, rig=rig, ranks=(1, 2), order={"twin": ""})
+    assert launch.run() == 0, launch.output
+    assert [launch.reports(rank)[1]["host"] for rank in (0, 1, 2)] == ["node1", "node2", "node2"]
+    launch.assert_nothing_left()
+
+
+@needs_rig
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+@pytest.mark.parametrize(("act", "exit_status", "number"), [("exit 3", 3, None), ("kill", None, "KILL")])
+def test_a_far_rank_ends_the_launch_with_its_true_status(
+    make: Make, rig: Rig, kind: str, act: str, exit_status: int | None, number: str | None
+) -> None:
+    launch = make(kind, rig=rig, ranks=(1, 1, 1), order={"twin": "", "acts": {"2": act}, "seconds": 60.0})
+    assert launch.run() == 1
+    assert launch.last_line()["ranks"]["2"] == {"host": "node3", "exit_status": exit_status, "signal": number}
+    assert launch.last_line()["reason"].startswith("rank 2 on node3 ")
+    launch.assert_nothing_left()
+
+
+@needs_rig
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+def test_sigterm_ends_all_hosts(make: Make, rig: Rig, kind: str) -> None:
+    launch = make(kind, rig=rig, ranks=(1, 1, 1), order={"twin": "", "seconds": 60.0})
+    launch.start()
+    launch.until_joined()
+    os.kill(launch.pid(), signal.SIGTERM)
+    # nsenter stands between us and it.
+    assert launch.wait() == 143
+    launch.assert_nothing_left()
+
+
+@needs_rig
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+def test_without_a_leader_the_lease_ends_far_ranks(make: Make, rig: Rig, kind: str) -> None:
+    launch = make(kind, rig=rig, ranks=(1, 1, 1), order={"twin": "", "seconds": 60.0}, lease_s=3)
+    launch.start()
+    launch.until_joined()
+    os.kill(launch.pid(), signal.SIGKILL)
+    launch.wait()
+    launch.assert_nothing_left(15.0)
+
+
+@needs_rig
+def test_a_host_that_is_not_there_is_named(make: Make, rig: Rig) -> None:
+    rig["node3"].cut()
+    try:
+        launch = make("direct-mlx", rig=rig, ranks=(1, 1, 1), order={"twin": ""}, init_deadline_s=1)
+        assert launch.run() == 1
+    finally:
+        rig["node3"].heal()
+    assert launch.last_line()["reason"].startswith("not ready: node3: ")
+    assert [event["host"] for event in launch.events("host_failed")] == ["node3"]
+    launch.assert_nothing_left()
+
+
+@needs_rig
+def test_a_host_that_comes_late_takes_part(make: Make, rig: Rig) -> None:
+    rig["node2"].power_off()
+    launch = make("direct-mlx", rig=rig, ranks=(1, 1), order={"twin": ""})
+    launch.start()
+    time.sleep(1.5)
+    rig["node2"].boot()
+    assert launch.wait() == 0
+    launch.assert_nothing_left()
+
+
+@needs_rig
+def test_another_order_on_a_host_is_refused(make: Make, rig: Rig) -> None:
+    launch = make("direct-mlx", rig=rig, ranks=(1, 1), order={"twin": ""})
+    (launch.run_folders["node2"] / "spec.json").write_text("{}")
+    assert launch.run() == 1
+    assert "another order than the leading host's" in launch.last_line()["reason"]
+
+
+@needs_rig
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+def test_power_loss_of_a_host(make: Make, rig: Rig, kind: str) -> None:
+    launch = make(kind, rig=rig, ranks=(1, 1, 1), order={"twin": "", "seconds": 90.0}, lease_s=12)
+    launch.start()
+    launch.until_joined()
+    off_at = time.time()
+    rig["node2"].power_off()
+    try:
+        assert launch.until_event("host_silent", host="node2")["at"] - off_at < 10.0
+        assert launch.wait() == 1
+        last = launch.last_line()
+        assert last["reason"].startswith("node2 has not answered for ")
+        assert last["left"] == ["node2"]
+        assert (last["ranks"]["1"]["host"], last["ranks"]["1"]["lost"]) == ("node2", True)
+        assert time.time() - off_at < 12 + 15
+        launch.assert_nothing_left()
+    finally:
+        rig["node2"].boot()
+
+
+@needs_rig
+@pytest.mark.slow
+def test_a_host_that_was_restarted_is_lost_at_once(make: Make, rig: Rig) -> None:
+    launch = make("direct-mlx", rig=rig, ranks=(1, 1), order={"twin": "", "seconds": 90.0})
+    launch.start()
+    launch.until_joined()
+    rig["node2"].power_off()
+    rig["node2"].boot()
+    booted_at = time.monotonic()
+    assert launch.wait() == 1
+    assert time.monotonic() - booted_at < 15.0
+    assert launch.last_line()["reason"] == "node2: its node runner has gone"
+    launch.assert_nothing_left()
+
+
+@needs_rig
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+def test_a_host_that_was_cut_off_for_a_while(make: Make, rig: Rig, kind: str) -> None:
+    launch = make(kind, rig=rig, ranks=(1, 1, 1), order={"twin": "", "seconds": 16.0}, lease_s=60)
+    launch.start()
+    launch.until_joined()
+    cut_at = time.time()
+    rig["node3"].cut()
+    try:
+        assert launch.until_event("host_silent", host="node3")["at"] - cut_at < 10.0
+    finally:
+        rig["node3"].heal()
+    launch.until_event("host_back", host="node3")
+    assert launch.wait() == 0, launch.output
+    assert launch.reports(2)[-1]["report"] == "over"
+    launch.assert_nothing_left()
+
+
+@needs_rig
+@pytest.mark.slow
+def test_a_far_stop_is_told(make: Make, rig: Rig) -> None:
+    launch = make("direct-mlx", rig=rig, ranks=(1, 1), order={"twin": "", "seconds": 60.0})
+    launch.start()
+    launch.until_joined()
+    os.kill(launch.rank_pid(1), signal.SIGSTOP)
+    launch.until_event("rank_stopped", rank=1, host="node2")
+    # A stopped rank can be ended all the same.
+    os.kill(launch.pid(), signal.SIGTERM)
+    assert launch.wait() == 143
+    launch.assert_nothing_left()
+
+
+@needs_rig
+@pytest.mark.slow
+def test_a_full_disk_on_a_host_ends_the_launch_in_words(make: Make) -> None:
+    with Rig(2, disk_bytes=4 * 2**20) as small:
+        launch = make("direct-mlx", rig=small, ranks=(1, 1), order={"twin": "", "acts": {"1": "fill"}, "seconds": 60.0})
+        assert launch.run() == 1
+        assert launch.last_line()["reason"] == "rank 1 on node2 ended with status 1"
+        launch.assert_nothing_left(10.0)

@@ -62,6 +62,10 @@ if act == "raise":
     raise ValueError(f"rank {rank} does not like this")
 if act == "exit 3":
     os._exit(3)
+if act == "fill":
+    with (run_folder / "big").open("wb") as file:
+        while True:
+            file.write(b"x" * 65536)
 if act == "kill":
     os.kill(os.getpid(), 9)
 if act == "leave a child":
