@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,10 @@ def no_room(folder: Path, least_bytes: int = 64 << 10) -> bool:
     """Whether the file system of `folder` has less than `least_bytes` left for us."""
     usage = os.statvfs(folder)
     return usage.f_bavail * usage.f_frsize < least_bytes
+
+
+def complain(text: str) -> None:
+    """A line for whoever reads our log. The log may lie on the very disk that is full: that must not end us."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

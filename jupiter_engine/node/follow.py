@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import NodeError
-from .files import write_all
+from .files import complain, write_all
 from .keep_folder import KeepFolder
 from .tail import Known, Tail, problem_of
 
@@ -154,4 +154,4 @@ class Follow:
         try:
             lease.touch()
         except OSError as error:
-            sys.stderr.write(f"the lease cannot be renewed: {error}\n")
+            complain(f"the lease cannot be renewed: {error}")

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 
 from . import identity
 from .errors import NodeError
-from .files import write_json
+from .files import complain, write_json
 from .keep_folder import KeepFolder, Order
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -170,7 +169,7 @@ class Held:
                 if error.errno == errno.ENOENT and not self._folder.path.is_dir():
                     # The folder was removed: nobody wants to know any more.
                     return None
-                sys.stderr.write(f"hold {self._name}: {error}\n")
+                complain(f"hold {self._name}: {error}")
             time.sleep(1.0)
 
 

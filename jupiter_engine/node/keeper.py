@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from .commands import Inbox
 from .ending import Ending, members
 from .errors import NodeError
 from .event_log import EventLog
-from .files import NO_ROOM, read_json, write_all, write_atomic, write_json
+from .files import NO_ROOM, complain, read_json, write_all, write_atomic, write_json
 from .keep_folder import KeepFolder, shown
 
 TICK_S = 0.2
@@ -194,7 +193,7 @@ class Keeper:
         try:
             order = self.folder.order()
         except NodeError as error:
-            sys.stderr.write(f"{error.detail}\n")
+            complain(error.detail)
             return
         self.order = order
         for name in order.processes:
