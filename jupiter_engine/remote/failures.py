@@ -105,6 +105,8 @@ def translate(error: BaseException, call: Call) -> RemoteError:
         return _key(error, call)
     if isinstance(error, OSError):
         return _network(error, call)
+    if isinstance(error, ValueError) and call.phase == "ssh":
+        return not_ssh(call, str(error))
     if isinstance(error, ValueError):
         return failed(call, "config", f"ssh settings not accepted: {_said(str(error))}", fix="correct ~/.ssh/config")
     return failed(call, "network", f"the call failed: {type(error).__name__}: {_said(str(error))}")

@@ -70,9 +70,10 @@ class Known(msgspec.Struct, kw_only=True):
         return [entry.key for entry in (*self.keys, *self.elsewhere)], self.authorities, self.revoked
 
     def standing(self, key: asyncssh.SSHKey) -> Standing:
-        if key in self.revoked:
+        data = key.public_data
+        if any(other.public_data == data for other in self.revoked):
             return "revoked"
-        if any(entry.key == key for entry in (*self.keys, *self.elsewhere)):
+        if any(entry.key.public_data == data for entry in (*self.keys, *self.elsewhere)):
             return "known"
         return "changed" if self.keys else "unknown"
 
@@ -266,18 +267,4 @@ def revoked(host: str, *, name: str, jump: bool = False) -> HostKeyRefused:
         reason="host_key_revoked",
         through=name if jump else "",
         fix="do not go on; ask whoever looks after the machine",
-    )
-
-
-def other_kind(known: Known, host: str, *, name: str, jump: bool = False) -> HostKeyRefused:
-    """A machine that no longer has any key of the kinds that are known of it."""
-    who = f"jump host {name}" if jump else name
-    texts = "; ".join(entry.text() for entry in known.keys)
-    text = f"THE KEY OF {who} HAS CHANGED. Known is {texts}, and it no longer has a key of this kind"
-    return HostKeyRefused(
-        text,
-        host=host,
-        reason="host_key_changed",
-        through=name if jump else "",
-        fix=f"`jupiter nodes trust {name}` shows the key that it has now",
     )

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 
 import asyncssh
 import msgspec
+from asyncssh.public_key import get_default_certificate_algs
 
 from jupiter_engine.errors import RemoteError
 from jupiter_engine.remote import failures, host_keys, ssh_keys
@@ -209,6 +210,7 @@ class Caller:
                 tunnel=_over(options, way),
                 proxy_command=options.proxy_command if way is None else None,
                 known_hosts=self._trusted(client, options),
+                server_host_key_algs=self._kinds(client, options),
                 client_factory=lambda: client,
                 **self._how(keys),
             )
@@ -273,6 +275,15 @@ class Caller:
 
         return lookup
 
+    def _kinds(self, client: Client, options: asyncssh.SSHClientConnectionOptions) -> Any:
+        """Kinds of host keys to ask for. asyncssh would ask for the known kinds only, and a machine that has lost its
+        known key would then hang up instead of showing the one that it has now."""
+        self._trusted(client, options)(options.host_key_alias or options.host, "", options.port)
+        if options.config.get("HostKeyAlgorithms") or not client.known.keys:
+            return ()
+        certificates = get_default_certificate_algs() if client.known.authorities else []
+        return [*(algorithm.decode() for algorithm in certificates), *_algorithms(client.known)]
+
     async def _failure(self, error: BaseException, client: Client) -> RemoteError:
         """Why the call failed; with host keys, which of the several reasons that asyncssh does not tell apart."""
         call = client.call
@@ -284,8 +295,6 @@ class Caller:
                 text = f"its host certificate is not accepted: {error}"
                 return failures.failed(call, "host_key_changed", text, fix="ask whoever signs your machines' keys")
             return host_keys.refused(key, name=call.name, jump=call.jump)
-        if isinstance(error, asyncssh.KeyExchangeFailed) and "host key" in str(error) and client.known.keys:
-            return host_keys.other_kind(client.known, call.host, name=call.name, jump=call.jump)
         return failures.translate(error, call)
 
     # -- the way there -------------------------------------------------------------------------------------
@@ -319,9 +328,7 @@ class Caller:
             options = await self._options(place, call)
             way = await self._way(place, options, None, 0)
             self._at = call
-            name = options.host_key_alias or options.host
-            lookup = self._trusted(client, options)
-            lookup(name, "", options.port if options.port != host_keys.SSH_PORT else None)
+            self._trusted(client, options)(options.host_key_alias or options.host, "", options.port)
             key = await asyncssh.get_server_host_key(
                 place.host,
                 place.port or (),
