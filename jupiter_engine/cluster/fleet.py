@@ -76,7 +76,6 @@ class Member:
     """The connection that `runner` was made for."""
     facts: NodeFacts | None = None
     ticks: probe.Ticks | None = None
-    noise: str = ""
     failure: JupiterError | None = None
     """Why it cannot be used although its line is up: no Python, an answer that is none."""
     failed_at: float = 0.0
@@ -265,7 +264,7 @@ class Fleet:
                     reading = await probe.ask(runner, workdir=runner.workdir, fast=True)
                     facts = probe.renewed(member.facts, reading, local=local, before=member.ticks)
                 else:
-                    rtt_s, member.noise = await probe.round_trip(runner.connection)
+                    rtt_s = await probe.round_trip(runner.connection)
                     reading = await probe.ask(runner, workdir=runner.workdir, python=self._python(member.node))
                     facts = probe.facts_of(
                         member.name,
@@ -385,13 +384,11 @@ class Fleet:
             if member.name not in usable:
                 problem = self._problem(member)
                 problems[member.name] = problem or Problem(text="it has not answered yet", fix="look again in a moment")
-        remote = {name: self._members[name] for name in usable if not self._members[name].node.is_local()}
         return Evidence(
             cluster=self.cluster,
             facts=usable,
             plans=plans,
             problems=problems,
-            noise={name: member.noise for name, member in remote.items()},
             former=self._seen().nodes,
         )
 

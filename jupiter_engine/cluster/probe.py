@@ -52,6 +52,7 @@ _NODE_KEYS: Final = (
     "environments",
     "packages",
     "own_name",
+    "shell_noise",
     "power_supply",
     "disk",
     "throttled",
@@ -98,15 +99,14 @@ async def ask(
     return Reading(answer=answer, sent_at=sent, received_at=time.time())
 
 
-async def round_trip(connection: Connection) -> tuple[float, str]:
-    """(best time of a command that does nothing, in seconds; what it printed although it should print nothing)."""
-    best, printed = float("inf"), ""
+async def round_trip(connection: Connection) -> float:
+    """Best time of a command that does nothing, in seconds."""
+    best = float("inf")
     for _ in range(RTT_TRIES):
         before = time.monotonic()
-        done = await connection.run(("true",), timeout_s=10.0, limit_bytes=1 << 20)
+        await connection.run(("true",), timeout_s=10.0, limit_bytes=1 << 20)
         best = min(best, time.monotonic() - before)
-        printed = done.stdout[:4000].decode("utf-8", "replace")
-    return best, plain_text(printed)
+    return best
 
 
 # -- reading -------------------------------------------------------------------------------------------

@@ -271,6 +271,17 @@ def own_name() -> dict[str, Any]:
         return {"hostname": name, "addresses": [], "error": str(error)}
 
 
+def shell_noise(timeout_s: float) -> str:
+    """What the login shell's start-up files print for a command that prints nothing, as sshd would start it."""
+    try:
+        shell = pwd.getpwuid(os.getuid()).pw_shell
+    except KeyError:
+        return ""
+    # bash reads ~/.bashrc for a command of sshd only where it is the first shell.
+    done = run_tool((shell, "-c", "exit 0"), timeout_s, 65536, env={"SHLVL": "0"})
+    return (str(done.get("out", "")) + str(done.get("err", "")))[:2000]
+
+
 def ready_environments(workdir: str) -> list[dict[str, Any]]:
     """Environments that Jupiter has built here and finished, newest first."""
     found: list[dict[str, Any]] = []

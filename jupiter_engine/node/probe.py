@@ -113,6 +113,7 @@ def probe(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.fast:
         pending.start("packages", lambda: machine.packages(arguments.python, arguments.workdir, timeout_s))
         pending.start("own_name", machine.own_name)
+        pending.start("shell_noise", lambda: machine.shell_noise(timeout_s))
     answer["tools"] = {"uname": uname, **run_tools(tools, timeout_s)}
     answer.update(machine.changing(arguments.workdir))
     if not arguments.fast:

@@ -28,12 +28,20 @@ def search_path() -> str:
     return ":".join([*own, *(folder for folder in SEARCH_ALSO if folder not in own)])
 
 
-def run_tool(argv: Sequence[str], timeout_s: float, limit_bytes: int = OUTPUT_LIMIT_BYTES) -> Answer:
-    """Run one tool to its end, its deadline or its output limit; it is killed with all its children after that."""
+def run_tool(
+    argv: Sequence[str],
+    timeout_s: float,
+    limit_bytes: int = OUTPUT_LIMIT_BYTES,
+    env: dict[str, str] | None = None,
+) -> Answer:
+    """Run one tool to its end, its deadline or its output limit; it is killed with all its children after that.
+
+    `env` is added to the environment.
+    """
     program = shutil.which(argv[0], path=search_path())
     if program is None:
         return {"missing": True}
-    environment = {**os.environ, "PATH": search_path(), "LC_ALL": "C", "LANG": "C"}
+    environment = {**os.environ, "PATH": search_path(), "LC_ALL": "C", "LANG": "C", **(env or {})}
     try:
         child = subprocess.Popen(
             [program, *argv[1:]],

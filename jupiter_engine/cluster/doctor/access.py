@@ -65,16 +65,18 @@ def login_shell(e: Evidence) -> Iterator[Verdict]:
 
 @_theme.check("login-output", "Logging in prints nothing of its own")
 def login_output(e: Evidence) -> Iterator[Verdict]:
-    quiet = []
-    for name, printed in e.noise.items():
+    def judge(name: str, facts: NodeFacts) -> Verdict | None:
+        printed = node_fact(facts, "shell_noise")
+        if not isinstance(printed, str):
+            raise Unread("its shell did not start in time")
         if not printed.strip():
-            quiet.append(name)
-            continue
+            return None
         first = " ".join(printed.split())[:60]
-        text = f"Every ssh command on {name} prints {len(printed)} characters before its own output: {first!r}."
-        yield warn((name,), text, person("print in ~/.bashrc, ~/.zshenv and the like only if the shell is interactive"))
-    if quiet:
-        yield ok(quiet, f"Commands over ssh print nothing of their own on {names(quiet)}.")
+        text = f"Every ssh command on {name} prints {len(printed)} characters of its own: {first!r}."
+        fix = person("print in ~/.bashrc, ~/.zshenv and the like only if the shell is interactive")
+        return warn((name,), text, fix)
+
+    yield from each(e.remote(), judge, good="Commands over ssh print nothing of their own")
 
 
 @_theme.check("clock-skew", "Clocks agree")

@@ -70,8 +70,6 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """Of the nodes that did not."""
     edges: tuple[Edge, ...] = ()
     logins: tuple[Login, ...] = ()
-    noise: Mapping[str, str] = {}
-    """What a command that prints nothing printed over ssh."""
     former: Mapping[str, Former] = {}
     at: float = 0.0
     """Seconds since the epoch, by this machine's clock."""

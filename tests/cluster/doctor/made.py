@@ -109,6 +109,7 @@ def mac(
             "node": {
                 "shell": "/bin/zsh",
                 "user": "ada",
+                "shell_noise": "",
                 "environment": {},
                 "processes": [],
                 "crash_reports": [],
@@ -155,6 +156,7 @@ def linux(
             "node": {
                 "shell": "/bin/bash",
                 "user": "ada",
+                "shell_noise": "",
                 "environment": {},
                 "processes": [],
                 "systemd": True,

@@ -74,10 +74,10 @@ CASES = [
     ),
     Case(
         "login-output",
-        pair(noise={"mini": "", "studio": ""}),
-        pair(noise={"mini": "", "studio": "Welcome!\nbe kind"}),
+        pair(),
+        evidence(mac(node={"shell_noise": "Welcome!\nbe kind"})),
         "warn",
-        "prints 16 characters before its own output: 'Welcome! be kind'",
+        "prints 16 characters of its own: 'Welcome! be kind'",
     ),
     Case("clock-skew", pair(), evidence(mac(clock_skew_s=-3.5)), "warn", "3.5 s behind this machine's"),
     Case("clock-skew", pair(), evidence(linux(clock_skew_s=90.0)), "fail", "90.0 s ahead of"),
@@ -518,7 +518,7 @@ def test_what_a_node_did_not_tell_is_said() -> None:
 
 
 def test_a_healthy_group_has_no_complaint() -> None:
-    found = examine(pair(edges=(edge(),), noise={"mini": "", "studio": ""}))
+    found = examine(pair(edges=(edge(),)))
     assert [one.text for one in found if one.severity in ("warn", "fail")] == []
     assert len({one.check for one in found}) > 30
 
