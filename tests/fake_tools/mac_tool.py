@@ -214,10 +214,36 @@ def sudo(folder: Path, arguments: list[str]) -> int:
     return 0
 
 
+CALLS = (
+    "system_profiler SPThunderboltDataType -json",
+    "system_profiler SPHardwareDataType -json",
+    "networksetup -listallhardwareports",
+    "ifconfig -a",
+    "netstat -rn -f inet",
+    "ibv_devices",
+    "ibv_devinfo",
+    "rdma_ctl status",
+    "pmset -g",
+    "pmset -g batt",
+    "pmset -g therm",
+    "sw_vers",
+    "ipconfig getifaddr en0",
+    "ipconfig getifaddr en1",
+    "uname -s",
+    "uname -srm",
+)
+"""Calls whose answers lie ready as files: printing one takes a fiftieth of starting Python."""
+
+
 def save(folder: Path, state: State) -> None:
     new = folder / "state.json.new"
     new.write_text(json.dumps(state))
     new.replace(folder / "state.json")
+    ready = folder / "answers"
+    ready.mkdir(exist_ok=True)
+    for call in CALLS:
+        tool, *arguments = call.split()
+        (ready / call).write_text(answer(state, tool, arguments) or "")
 
 
 def answer(state: State, tool: str, arguments: list[str]) -> str | None:

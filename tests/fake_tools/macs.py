@@ -167,7 +167,10 @@ def make_fake_mac(folder: Path, mac: FakeMac) -> Path:
     for tool in TOOLS:
         path = folder / tool
         # -S and -E: without site packages Python starts in 15 ms, which MLX's many calls add up.
-        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{script}" "{folder}" {tool} "$@"\n')
+        path.write_text(
+            f'#!/bin/sh\nready="{folder}/answers/{tool}${{*:+ }}$*"\n[ -f "$ready" ] && exec cat "$ready"\n'
+            f'exec "{sys.executable}" -S -E "{script}" "{folder}" {tool} "$@"\n'
+        )
         path.chmod(0o755)
     return folder
 
