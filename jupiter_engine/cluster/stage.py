@@ -21,9 +21,10 @@ from jupiter_engine.cluster.mirror import Mirror
 from jupiter_engine.cluster.runner import KeepOrder, KeepProcess, NodeRefused, NodeRunner
 from jupiter_engine.cluster.shipping import localise
 from jupiter_engine.cluster.site import Ready, Site
-from jupiter_engine.errors import JupiterError, RemoteError, StateError
+from jupiter_engine.errors import JupiterError, NodeUnreachable, RemoteError, StateError
 from jupiter_engine.files import ProcessIdentity, read_json, write_json
 from jupiter_engine.protocol.facts import Progress
+from jupiter_engine.remote.failures import lasting
 from jupiter_engine.remote.local import LocalRemote
 
 MIRRORED: Final = (
@@ -64,7 +65,7 @@ class Maker(Protocol):
 
     async def prepare(self, say: Callable[[str], None], at: Callable[[Progress], None]) -> Ready: ...
 
-    async def leader(self) -> Site:
+    async def leader(self, name: str) -> Site:
         """The leading machine as it was made ready before; waits while it does not answer."""
 
     async def fetch(self, site: Site, at: Callable[[Progress], None]) -> None:
@@ -105,6 +106,7 @@ class RemoteStage(LocalRemote):
         """Whether the stage is being made ready, at work, or out of sight; raises what made it impossible."""
         if self._task is None and not self._over and self.placed().round:
             # An engine before this one started it.
+            self.name = self.placed().nodes[0]
             self._task = asyncio.create_task(self._follow(), name=f"stage {self._folder.name}")
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -116,15 +118,22 @@ class RemoteStage(LocalRemote):
         return self._task is not None and not self._over
 
     async def stop(self, process: ProcessIdentity, *, grace_s: float) -> None:
-        site = await self._maker.leader()
+        site = await self._maker.leader(self.name)
         keep = site.path(f"runs/{self._folder.name}/{KEEP}")
         await site.runner.tell(keep, {"id": f"stop-{self.placed().round}", "do": "stop", "grace_s": grace_s})
+
+    async def read(self, path: PurePath, offset_bytes: int = 0) -> bytes:
+        return await super().read(self._mapped(path), offset_bytes)
+
+    def _mapped(self, path: PurePath) -> PurePath:
+        """The engine's order keeps the paths of this machine; the one that is sent gets the name spec.json there."""
+        return self._folder / "order.json" if PurePath(path) == self._folder / "spec.json" else path
 
     async def write(self, path: PurePath, data: bytes) -> None:
         if PurePath(path) == self._folder / "inbox" / "halt":
             await self._ask_halt()
             return
-        await super().write(path, data)
+        await super().write(self._mapped(path), data)
 
     async def remove(self, path: PurePath) -> None:
         if PurePath(path) == self._folder / "inbox" / "halt":
@@ -179,8 +188,9 @@ class RemoteStage(LocalRemote):
 
     async def _begin(self, env: dict[str, str]) -> None:
         async def work() -> None:
-            ready = await self._maker.prepare(self._say, self._at)
+            ready = await self._make_ready()
             placed = self.placed()
+            self.name = ready.leader.name
             again = msgspec.structs.replace(
                 placed, nodes=ready.names(), group=ready.group, workspace=ready.leader.workspace, round=placed.round + 1
             )
@@ -191,6 +201,20 @@ class RemoteStage(LocalRemote):
             await self._mirror()
 
         await self._guarded(work)
+
+    async def _make_ready(self) -> Ready:
+        """Tried until the machine answers: the engine decides when another one should do it instead."""
+        while True:
+            try:
+                ready = await self._maker.prepare(self._say, self._at)
+            except NodeUnreachable as error:
+                if lasting(error):
+                    raise
+                self._lost(error, "nothing was started there yet")
+                await asyncio.sleep(_RETRY_S)
+            else:
+                self._heard()
+                return ready
 
     async def _follow(self) -> None:
         await self._guarded(self._mirror)
@@ -220,7 +244,7 @@ class RemoteStage(LocalRemote):
         """Follow the run to its end, over any number of connections."""
         while True:
             try:
-                site = await self._maker.leader()
+                site = await self._maker.leader(self.name)
                 self._heard()
                 if await self._follow_once(site):
                     self._over = True
@@ -236,10 +260,10 @@ class RemoteStage(LocalRemote):
             self._say(f"{self.name} answers again after {time.monotonic() - self.silent_since:.0f} s")
             self.silent_since = None
 
-    def _lost(self, error: RemoteError) -> None:
+    def _lost(self, error: RemoteError, so: str = "what runs there goes on") -> None:
         if self.silent_since is None:
             self.silent_since = time.monotonic()
-            self._say(f"{self.name} does not answer ({error.detail}); what runs there goes on", "warning")
+            self._say(f"{self.name} does not answer ({error.detail}); {so}", "warning")
 
     async def _follow_once(self, site: Site) -> bool:
         """True once the worker has ended and everything it wrote is here."""
