@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -34,6 +34,9 @@ from jupiter_engine.settings.domain import DomainSettings, load_domain
 from jupiter_engine.settings.reader import Loaded
 from jupiter_engine.settings.workspace import create, domain_file, domains, find_workspace
 from jupiter_engine.units import plain_text
+
+if TYPE_CHECKING:
+    from jupiter_engine.cluster.fleet_thread import FleetThread
 
 __all__ = [
     "EngineInfo",
@@ -277,7 +280,16 @@ class Workspace:
                 found.append(error)
         return found
 
-    # -- this machine ----------------------------------------------------------------------------
+    # -- machines --------------------------------------------------------------------------------
+    def fleet(self) -> FleetThread:
+        """Lines of this viewer's own to all machines of the cluster file, opened in a thread; `close` it.
+
+        Looking needs no engine, and the engine's lines are its own: whoever looks cannot slow it down.
+        """
+        from jupiter_engine.cluster.fleet_thread import FleetThread
+
+        return FleetThread(self.root)
+
     def node(self) -> NodeFacts:
         return probe_local(self.root)
 

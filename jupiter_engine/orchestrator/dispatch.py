@@ -129,7 +129,9 @@ class Dispatcher:
         its checkpoints, and most silences are a network's, not a machine's.
         """
         remote = self._remote.get(folder.name)
-        if remote is None or remote.silent_since is None or stage == "train" or self._stages is None:
+        if remote is None or remote.silent_since is None or self._stages is None:
+            return False
+        if stage == "train" and remote.placed().round:
             return False
         cluster = self._cluster()
         silence = time.monotonic() - remote.silent_since

@@ -1,0 +1,231 @@
+"""Stages on other machines as the engine sees them: placed by role, taken over after silence, told in the journal."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from jupiter_engine.cluster.placement import Placement
+from jupiter_engine.cluster.stage import Placed
+from jupiter_engine.errors import NodeUnreachable
+from jupiter_engine.files import write_json
+from jupiter_engine.orchestrator.engine import Engine
+from jupiter_engine.protocol.commands import StartCycles
+from jupiter_engine.protocol.facts import Progress
+from jupiter_engine.remote.scripted import ScriptedRemote
+from jupiter_engine.settings.cluster import ClusterSettings
+from jupiter_engine.settings.workspace import create
+from tests.orchestrator.scripted_worker import ScriptedWorker
+
+CLUSTER = """\
+nodes:
+  - {host: localhost, name: here, device_type: cpu, role: hybrid}
+  - {host: far, name: far, device_type: cpu, role: generator}
+retries: {node_lost_after_s: 20}
+"""
+
+
+class PlayedStage(ScriptedRemote):
+    """A stage on another machine whose worker is played at once."""
+
+    def __init__(self, worker: ScriptedWorker, folder: Path, placement: Placement, *, silent: bool) -> None:
+        super().__init__(worker)
+        self.name = placement.names()[0]
+        self.nodes = placement.names()
+        self.folder = folder
+        self.silent_since: float | None = time.monotonic() if silent else None
+        self.progress: Progress | None = None
+        self.closed = False
+        self._notes = [("info", f"{folder.name} works on {self.name}\x1b[31m")]
+
+    async def start(self, argv, *, folder, log, env):  # type: ignore[no-untyped-def]
+        write_json(Path(folder) / "placement.json", Placed(nodes=self.nodes, workspace="/far/ws", round=1))
+        if self.silent_since is not None:
+            self._living.add(1)
+            return await ScriptedRemote.start(SilentRemote(), ("x",), folder=folder, log=log, env=env)
+        return await super().start(argv, folder=folder, log=log, env=env)
+
+    async def alive(self, process):  # type: ignore[no-untyped-def]
+        return self.silent_since is not None or await super().alive(process)
+
+    def placed(self) -> Placed:
+        return Placed(nodes=self.nodes, workspace="/far/ws", round=1)
+
+    def take_notes(self) -> list[tuple[str, str]]:
+        found, self._notes = self._notes, []
+        return found
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class SilentRemote(ScriptedRemote):
+    def __init__(self) -> None:
+        super().__init__(lambda _: True)
+
+
+class PlayedStages:
+    def __init__(self, worker: ScriptedWorker) -> None:
+        self.worker = worker
+        self.made: list[PlayedStage] = []
+        self.lost: set[str] = set()
+        self.silent_stage = False
+        self.stopped: list[tuple[str, str, str]] = []
+        self.closed = False
+
+    def stage(self, cluster: ClusterSettings, placement: Placement, folder: Path) -> PlayedStage:
+        self.made.append(PlayedStage(self.worker, folder, placement, silent=self.silent_stage))
+        return self.made[-1]
+
+    def silent(self) -> frozenset[str]:
+        return frozenset(self.lost)
+
+    async def stop_abandoned(self, node: str, workspace: str, run: str) -> bool:
+        self.stopped.append((node, workspace, run))
+        return True
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class Fixture:
+    def __init__(self, root: Path, cluster: str = CLUSTER) -> None:
+        create(root)
+        (root / "config" / "cluster.yaml").write_text(cluster)
+        self.root = root
+        self.worker = ScriptedWorker()
+        self.local = ScriptedRemote(self.worker)
+        self.stages = PlayedStages(self.worker)
+        self.engine = self.new_engine()
+
+    def new_engine(self) -> Engine:
+        return Engine(self.root, self.local, lambda: self.stages)  # type: ignore[return-value]
+
+    def start(self) -> None:
+        self.engine.database.submit(StartCycles(domain="python", mode="auto"))
+        self.engine._carry_out_commands()
+
+    async def steps(self, most: int = 300) -> None:
+        for _ in range(most):
+            if not await self.engine.step():
+                return
+
+    def texts(self) -> list[str]:
+        return [notice.text for notice in self.engine.state.notices]
+
+
+async def test_the_generator_node_generates_and_everything_else_stays_here(tmp_path: Path) -> None:
+    fixture = Fixture(tmp_path)
+    fixture.start()
+    await fixture.steps()
+    cycle = fixture.engine.state.cycles["python-0001"]
+    assert cycle.status == "finished", fixture.texts()
+    assert [(stage.name, stage.folder.name) for stage in fixture.stages.made] == [("far", "python-0001-generate")]
+    assert fixture.stages.made[0].closed
+    # The note is in the journal, and cannot drive a terminal.
+    assert "python-0001-generate works on far" in fixture.texts()
+    await fixture.engine.dispatch.close()
+    assert fixture.stages.closed
+
+
+async def test_without_other_machines_nobody_is_called(tmp_path: Path) -> None:
+    fixture = Fixture(tmp_path, "nodes: [{host: localhost, device_type: cpu, role: hybrid}]\n")
+    fixture.start()
+    await fixture.steps()
+    assert fixture.engine.state.cycles["python-0001"].status == "finished"
+    assert fixture.stages.made == []
+
+
+async def test_a_silent_machine_is_replaced_and_its_abandoned_work_ended_later(tmp_path: Path) -> None:
+    fixture = Fixture(tmp_path)
+    fixture.stages.silent_stage = True
+    fixture.start()
+    await fixture.steps()
+    (silent,) = fixture.stages.made
+    assert fixture.engine.state.cycles["python-0001"].stages["generate"].status == "running"
+    fixture.stages.lost.add("far")
+    silent.silent_since = time.monotonic() - 21
+    await fixture.steps()
+    cycle = fixture.engine.state.cycles["python-0001"]
+    assert cycle.status == "finished", fixture.texts()
+    assert any("far has not answered for 21 s: this machine takes over" in text for text in fixture.texts())
+    assert silent.closed
+    assert fixture.stages.stopped == []
+    fixture.stages.lost.clear()
+    fixture.engine.dispatch._abandon_due = 0.0
+    await fixture.engine.step()
+    assert fixture.stages.stopped == [("far", "/far/ws", "python-0001-generate")]
+    fixture.engine.dispatch._abandon_due = 0.0
+    await fixture.steps()
+    assert len(fixture.stages.stopped) == 1
+    assert any("far answers again; its abandoned part" in text for text in fixture.texts())
+
+
+async def test_a_short_silence_changes_nothing(tmp_path: Path) -> None:
+    fixture = Fixture(tmp_path)
+    fixture.stages.silent_stage = True
+    fixture.start()
+    await fixture.steps()
+    fixture.stages.lost.add("far")
+    fixture.stages.made[0].silent_since = time.monotonic() - 2
+    await fixture.steps()
+    assert fixture.engine.state.cycles["python-0001"].stages["generate"].status == "running"
+
+
+async def test_a_training_that_was_begun_stays_with_the_machine_that_has_its_checkpoints(tmp_path: Path) -> None:
+    cluster = CLUSTER.replace("role: hybrid", "role: hybrid, can_train: false").replace("generator}", "trainer}")
+    fixture = Fixture(tmp_path, cluster)
+    fixture.stages.silent_stage = True
+    fixture.start()
+    await fixture.steps()
+    assert fixture.stages.made[0].folder.name == "python-0001-train"
+    fixture.stages.lost.add("far")
+    fixture.stages.made[0].silent_since = time.monotonic() - 6000
+    await fixture.steps()
+    assert fixture.engine.state.cycles["python-0001"].stages["train"].status == "running"
+
+
+async def test_the_next_engine_goes_back_to_the_machine_where_the_stage_was_begun(tmp_path: Path) -> None:
+    fixture = Fixture(tmp_path)
+    fixture.stages.silent_stage = True
+    fixture.start()
+    await fixture.steps()
+    # The roles have changed meanwhile; the stage that runs stays where it is.
+    roles = CLUSTER.replace("role: generator", "role: evaluator")
+    (tmp_path / "config" / "cluster.yaml").write_text(roles)
+    fixture.engine = fixture.new_engine()
+    await fixture.steps()
+    assert [stage.name for stage in fixture.stages.made] == ["far", "far"]
+
+
+async def test_what_makes_a_machine_impossible_fails_the_cycle_with_its_sentence(tmp_path: Path) -> None:
+    fixture = Fixture(tmp_path)
+
+    async def refused(*_: object, **__: object) -> None:
+        raise NodeUnreachable("far: no key fits", host="far", reason="auth", fix="add the key to the agent")
+
+    fixture.start()
+    original = fixture.stages.stage
+
+    def stage(cluster: ClusterSettings, placement: Placement, folder: Path) -> PlayedStage:
+        made = original(cluster, placement, folder)
+        made.start = refused  # type: ignore[method-assign]
+        return made
+
+    fixture.stages.stage = stage  # type: ignore[method-assign]
+    await fixture.steps()
+    cycle = fixture.engine.state.cycles["python-0001"]
+    assert cycle.status == "failed"
+    failure = cycle.stages["generate"].failure
+    assert failure is not None
+    assert (failure.detail, failure.fix) == ("far: no key fits", "add the key to the agent")
+
+
+@pytest.mark.parametrize(("ranks", "launcher"), [(1, "in_process"), (2, "torchrun")])
+def test_a_group_of_this_machine_alone_sets_its_ranks(ranks: int, launcher: str, tmp_path: Path) -> None:
+    group = f"groups: [{{name: all, nodes: [here], ranks_per_node: {ranks}}}]\n"
+    fixture = Fixture(tmp_path, CLUSTER + group)
+    launch = fixture.engine.dispatch.launch()
+    assert (launch.ranks, launch.launcher) == (ranks, launcher)
