@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--workspace", type=Path, metavar="FOLDER", help="workspace to work on (see docs/commands.md)")
     state = argparse.ArgumentParser(add_help=False, parents=[common])
     state.add_argument("--json", action="store_true", help="print JSON instead of text")
+    plain = argparse.ArgumentParser(add_help=False)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, text: str, module: str, parent: argparse.ArgumentParser = state) -> argparse.ArgumentParser:
@@ -121,7 +122,50 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--prompt", metavar="TEXT", help="ask once, print the answer and end")
     chat.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
     chat.add_argument("--temperature", type=float, default=0.7, metavar="T")
+    _nodes(add("nodes", "the machines: list, add, remove, trust, link, what lies between them", "nodes", plain), state)
     return top
+
+
+def _nodes(nodes: argparse.ArgumentParser, state: argparse.ArgumentParser) -> None:
+    """`jupiter nodes ...`."""
+    actions = nodes.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def act(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[state])
+
+    act("list", "every node as it is now, and what is wrong with it")
+    add = act("add", "look at a machine and write it into the cluster file")
+    add.add_argument("host", metavar="HOST", help="host name, address or alias of ~/.ssh/config; or user@host")
+    add.add_argument("--name", metavar="NAME", help="what to call it (default: the host)")
+    add.add_argument("--role", choices=("generator", "trainer", "hybrid", "evaluator"))
+    add.add_argument("--user", metavar="NAME", help="user there")
+    add.add_argument("--port", type=_count, metavar="N", help="ssh port")
+    add.add_argument("--identity", metavar="FILE", help="private key")
+    add.add_argument("--jump", metavar="HOST", help="host to go through, as `ssh -J` takes it")
+    add.add_argument("--device-type", choices=("mac", "nvidia", "cpu"), help="default: found by looking")
+    add.add_argument("--connection", choices=("thunderbolt", "ethernet", "wifi"), help="how it is connected")
+    add.add_argument("--python", metavar="PATH", help="Python there")
+    add.add_argument("--workdir", metavar="FOLDER", help="where Jupiter keeps its files there")
+    add.add_argument("--environment", choices=("push", "own"), help="own: --python has everything already")
+    add.add_argument("--yes", action="store_true", help="ask nothing; an unknown key needs --fingerprint")
+    act("discover", "hosts that could be added: of ~/.ssh/config and of the local network")
+    act("remove", "take a node out of the cluster file").add_argument("name", metavar="NAME")
+    trust = act("trust", "decide about the ssh key of a node, a jump host or another machine")
+    trust.add_argument("name", metavar="NAME")
+    trust.add_argument("--replace", action="store_true", help="a key that has changed may be decided about too")
+    for key in (add, trust):
+        key.add_argument(
+            "--fingerprint",
+            metavar="SHA256:...",
+            action="append",
+            help="the key with this fingerprint is the right one",
+        )
+    for name, text in (
+        ("link", "let the leading node of a group call the others by ssh"),
+        ("unlink", "take that back, everywhere"),
+    ):
+        act(name, text).add_argument("--group", metavar="NAME", help="default: every group")
+    act("topology", "how each group would be launched, over which connections, and why")
 
 
 def report(error: JupiterError) -> None:

@@ -39,7 +39,8 @@ class Inventory:
         self._digest = hashlib.sha256(raw).hexdigest()
         text = raw.decode("utf-8")
         self._bom = _BOM if text.startswith(_BOM) else ""
-        self._text = YamlText(text.removeprefix(_BOM))
+        self._original = text.removeprefix(_BOM)
+        self._text = YamlText(self._original)
 
     @property
     def cluster(self) -> ClusterSettings:
@@ -109,6 +110,15 @@ class Inventory:
         )
         return ClusterSettings(nodes=nodes, groups=groups)
 
+    def revert(self) -> None:
+        """Forget the changes since the file was read."""
+        self._text = YamlText(self._original)
+
+    def check(self) -> None:
+        """ConfigError if the file would not load with the changes; nothing is written."""
+        with self._trial(self.path.resolve()):
+            pass
+
     def save(self) -> Loaded[ClusterSettings]:
         """Write the changes, whole or not at all; returns what the file says now.
 
@@ -116,20 +126,26 @@ class Inventory:
         """
         # A link (settings kept elsewhere) stays a link.
         target = self.path.resolve()
-        data = (self._bom + self._text.text).encode("utf-8")
         with _locked(target):
             self._unchanged(target)
-            trial = target.with_name(f".{target.name}.{os.getpid()}.edit")
-            try:
-                write_atomic(trial, data, mode=target.stat().st_mode & 0o777)
-                _loads(trial, self.path)
+            with self._trial(target) as trial:
                 self._unchanged(target)
                 trial.replace(target)
-            finally:
-                trial.unlink(missing_ok=True)
             sync_folder(target.parent)
         self._read()
         return self.loaded
+
+    @contextmanager
+    def _trial(self, target: Path) -> Iterator[Path]:
+        """A file beside the real one, which has been seen to load; it is gone afterwards."""
+        trial = target.with_name(f".{target.name}.{os.getpid()}.edit")
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o644
+        try:
+            write_atomic(trial, (self._bom + self._text.text).encode("utf-8"), mode=mode)
+            _loads(trial, self.path)
+            yield trial
+        finally:
+            trial.unlink(missing_ok=True)
 
     def _unchanged(self, target: Path) -> None:
         try:

@@ -20,6 +20,7 @@ from typing import Final
 
 import msgspec
 
+from jupiter_engine.cluster.site import workspace_id
 from jupiter_engine.errors import RemoteError
 from jupiter_engine.files import write_atomic
 from jupiter_engine.remote import host_keys
@@ -115,13 +116,14 @@ def workspace_key(root: Path) -> tuple[bytes, str]:
     return private, " ".join(public[:2])
 
 
-def mark_of(public: str) -> str:
-    """The comment behind the workspace's line in authorized_keys: `jupiter:` and the key's own hash."""
-    return f"jupiter:{hashlib.sha256(public.encode()).hexdigest()[:16]}"
+def mark_of(root: Path) -> str:
+    """The comment behind the workspace's line in authorized_keys."""
+    return f"jupiter:{workspace_id(root / '.jupiter')}"
 
 
-def authorized_line(public: str) -> str:
-    return f"{_RESTRICTION} {public} {mark_of(public)}"
+def authorized_line(root: Path) -> str:
+    _, public = workspace_key(root)
+    return f"{_RESTRICTION} {public} {mark_of(root)}"
 
 
 # -- making and removing links -------------------------------------------------------------------------
@@ -144,7 +146,7 @@ async def link(
     leader = nodes[0]
     if len(nodes) == 1:
         return LinkFiles(ssh_config="", aliases={})
-    private, public = workspace_key(root)
+    private, _ = workspace_key(root)
     about = dict(zip(nodes, await asyncio.gather(*(_about(connections[node.title()]) for node in nodes)), strict=True))
     aliases = _aliases(nodes[1:])
     members = await asyncio.gather(
@@ -155,9 +157,9 @@ async def link(
     )
     for member in members:
         member.alias = aliases[member.node.title()]
-    line = authorized_line(public)
+    line = authorized_line(root)
     await asyncio.gather(*(_authorise(connections[member.node.title()], line) for member in members))
-    folder = _folder(leader, about[leader].home, public, group)
+    folder = _folder(leader, about[leader].home, root, group)
     await _place(connections[leader.title()], folder, private, members)
     await _reach(connections[leader.title()], folder, members)
     return LinkFiles(ssh_config=f"{folder}/ssh_config", aliases=aliases)
@@ -168,8 +170,7 @@ async def made(cluster: ClusterSettings, group: GroupSpec, leader: Connection, *
     nodes = group_nodes(cluster, group)
     if len(nodes) == 1 or not (root / KEY_FILE).exists():
         return None
-    _, public = workspace_key(root)
-    path = f"{_folder(nodes[0], (await _about(leader)).home, public, group)}/ssh_config"
+    path = f"{_folder(nodes[0], (await _about(leader)).home, root, group)}/ssh_config"
     if not await leader.read(path):
         return None
     return LinkFiles(ssh_config=path, aliases=_aliases(nodes[1:]))
@@ -192,7 +193,6 @@ async def unlink(
     """
     if not (root / KEY_FILE).exists():
         return {}
-    _, public = workspace_key(root)
     problems: dict[str, str] = {}
 
     async def withdraw(node: NodeSpec, *, leads: bool) -> None:
@@ -203,9 +203,9 @@ async def unlink(
         try:
             if leads:
                 home = (await _about(connection)).home
-                await _shell(connection, _CLEAR, _folder(node, home, public, group))
+                await _shell(connection, _CLEAR, _folder(node, home, root, group))
             else:
-                await _shell(connection, _WITHDRAW, mark_of(public))
+                await _shell(connection, _WITHDRAW, mark_of(root))
         except RemoteError as error:
             problems[node.title()] = error.detail
 
@@ -302,10 +302,10 @@ async def _authorise(connection: Connection, line: str) -> None:
     await _shell(connection, _AUTHORISE, line)
 
 
-def _folder(leader: NodeSpec, home: str, public: str, group: GroupSpec) -> str:
+def _folder(leader: NodeSpec, home: str, root: Path, group: GroupSpec) -> str:
     workdir = leader.workdir
     absolute = posixpath.join(home, workdir[2:]) if workdir.startswith("~/") else workdir
-    identity = hashlib.sha256(f"{public}\0{group.name}".encode()).hexdigest()[:12]
+    identity = hashlib.sha256(f"{mark_of(root)}\0{group.name}".encode()).hexdigest()[:12]
     return posixpath.join(absolute, "links", identity)
 
 
