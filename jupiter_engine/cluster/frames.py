@@ -173,7 +173,7 @@ def refusal(line: bytes, host: str) -> NodeRefused | None:
     """The error that an answer of the runner is; None if it is something else."""
     try:
         error = _failed.decode(line).error
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return NodeRefused(plain_text(error.kind), plain_text(error.detail), plain_text(error.fix), host=host)
 

@@ -16,6 +16,8 @@ from .keep_folder import KeepFolder
 
 START_S = 20.0
 """A runner that is not at work after so long will not be."""
+SYSTEMD = Path("/run/systemd/system")
+LINGERING = Path("/var/lib/systemd/linger")
 _SCOPE = ("systemd-run", "--user", "--scope", "--quiet", "--collect", "--")
 
 
@@ -75,10 +77,10 @@ def _spawn(folder: KeepFolder) -> subprocess.Popen[bytes]:
 
 def _scope_works() -> bool:
     """Whether systemd can keep a process of this user beyond the login: it must linger, else its manager ends too."""
-    if not Path("/run/systemd/system").is_dir():
+    if not SYSTEMD.is_dir():
         return False
     try:
-        lingers = Path("/var/lib/systemd/linger", getpass.getuser()).exists()
+        lingers = (LINGERING / getpass.getuser()).exists()
         return (
             lingers and subprocess.run([*_SCOPE, "true"], capture_output=True, timeout=5, check=False).returncode == 0
         )

@@ -24,7 +24,8 @@ from .event_log import EventLog
 from .files import NO_ROOM, complain, read_json, write_all, write_atomic, write_json
 from .keep_folder import KeepFolder, shown
 
-TICK_S = 0.2
+TICK_S = 0.2 if identity.LINUX else 1.0
+"""Between two looks. Without /proc each look at a process starts a `ps`."""
 BEAT_S = 2.0
 SCAN_S = 2.0
 SCAN_SHARE = 0.005
