@@ -15,9 +15,9 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from . import store
 from .errors import NodeError
@@ -89,14 +89,15 @@ class Tree:
             raise NodeError("path", f"{folder!r} is no folder that can be taken over")
         notes = self.store.folder / "trees"
         notes.mkdir(mode=0o700, exist_ok=True)
+        self._placed = False
         self.notes = notes / (hashlib.sha256(os.fsencode(self.folder)).hexdigest() + ".json")
 
-    def look(self) -> dict[str, Entry]:
-        """Every regular file of the folder; only what changed since the last look is read."""
+    def look(self, names: Iterable[str] | None = None) -> dict[str, Entry]:
+        """Every regular file of the folder, or only those named; only what changed since the last look is read."""
         noted, known = self._noted()
         found: dict[str, Entry] = {}
         now_ns = time.time_ns()
-        for path, at in _files(self.folder):
+        for path, at in _files(self.folder) if names is None else _named(self.folder, names):
             entry = known.get(path)
             executable = bool(at.st_mode & stat.S_IXUSR)
             if entry is None or (entry.size, entry.mtime_ns, entry.inode) != (at.st_size, at.st_mtime_ns, at.st_ino):
@@ -104,13 +105,17 @@ class Tree:
                 sha256 = store.hash_file(self.folder / path)
                 entry = Entry(sha256, at.st_size, executable, at.st_mtime_ns, at.st_ino)
             found[path] = entry._replace(executable=executable)
-        if found != noted:
-            self.note({path: entry for path, entry in found.items() if entry.mtime_ns < now_ns - SETTLED_NS})
+        if any(noted.get(path) != entry for path, entry in found.items()) or (
+            names is None and len(noted) > len(found)
+        ):
+            settled = {path: entry for path, entry in found.items() if entry.mtime_ns < now_ns - SETTLED_NS}
+            self.note(settled if names is None else {**known, **settled}, placed=self._placed)
         return found
 
-    def note(self, entries: dict[str, Entry]) -> None:
-        record = {"folder": str(self.folder), "boot_id": boot_id(), "files": entries}
+    def note(self, entries: dict[str, Entry], *, placed: bool) -> None:
+        record = {"folder": str(self.folder), "placed": placed, "boot_id": boot_id(), "files": entries}
         write_whole(self.notes, json.dumps(record, separators=(",", ":")).encode("utf-8", "surrogateescape"))
+        self._placed = placed
 
     def _noted(self) -> tuple[dict[str, Entry], dict[str, Entry]]:
         """What was noted, and what of it may be believed."""
@@ -122,15 +127,16 @@ class Tree:
         except (ValueError, KeyError, TypeError, AttributeError):
             # Only a cache: without it the files are read once more.
             return {}, {}
+        self._placed = record.get("placed") is True
         if record.get("boot_id") == boot_id():
             return noted, noted
         # Small files are placed without waiting for the disk: after a power cut their content may be gone.
         return {}, {path: entry for path, entry in noted.items() if entry.size > store.SMALL_BYTES}
 
     def known(self) -> bool:
-        """Whether the folder may be replaced: it is ours, or below the work folder, or empty."""
+        """Whether the folder may be replaced: it is ours, or below the work folder, or empty. After a look."""
         below = self.store.workdir in self.folder.parents
-        return below or self.notes.exists() or not self.folder.exists() or not any(self.folder.iterdir())
+        return below or self._placed or not self.folder.exists() or not any(self.folder.iterdir())
 
     def place(self, manifest: Manifest, old: dict[str, Entry]) -> None:
         """Replace the folder by one that holds exactly the manifest."""
@@ -154,8 +160,31 @@ class Tree:
         with contextlib.suppress(FileNotFoundError):
             self.folder.rename(gone)
         fresh.rename(self.folder)
-        self.note(entries)
+        self.note(entries, placed=True)
         shutil.rmtree(gone, ignore_errors=True)
+
+    def add(self, manifest: Manifest, old: dict[str, Entry]) -> None:
+        """Put the files of the manifest beside what the folder holds, each whole or not at all."""
+        entries = dict(old)
+        for path, (sha256, size, executable) in manifest.items():
+            entry = old.get(path)
+            if entry is not None and entry[:3] == (sha256, size, executable):
+                continue
+            target = self.folder / path
+            fresh = target.with_name(f".{os.getpid()}.tmp")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                fresh.unlink()
+            try:
+                self.store.place(sha256, size, fresh, executable=executable)
+            except OSError as error:
+                if is_full(error):
+                    raise no_room(target.parent, size) from error
+                raise
+            at = fresh.lstat()
+            fresh.replace(target)
+            entries[path] = Entry(sha256, size, executable, at.st_mtime_ns, at.st_ino)
+        self.note({**self._noted()[1], **entries}, placed=self._placed)
 
     def _build(self, manifest: Manifest, fresh: Path, old: dict[str, Entry]) -> dict[str, Entry]:
         fresh.mkdir(parents=True)
@@ -213,6 +242,14 @@ def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
             continue
 
 
+def _named(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, os.stat_result]]:
+    for name in names:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            at = (folder / name).lstat()
+            if stat.S_ISREG(at.st_mode):
+                yield name, at
+
+
 def _plain(entries: dict[str, Entry]) -> Manifest:
     return {path: (entry.sha256, entry.size, entry.executable) for path, entry in entries.items()}
 
@@ -227,33 +264,44 @@ def manifest(arguments: list[str]) -> int:
 
 
 def take(arguments: list[str]) -> int:
-    """WORKDIR FOLDER SHA256: a conversation that ends with FOLDER holding the manifest of this hash.
+    """WORKDIR FOLDER SHA256 [beside]: a conversation that ends with FOLDER holding the manifest of this hash.
 
     -> {"current"}; if it is not: <- {"files": manifest}; -> {"missing": [{"sha256", "have"}], "free_bytes"};
     <- frames as for store-receive; -> {"placed": true, "stored": n} or {"placed": false, "refused": [...]}.
+    With `beside` the manifest comes first, and other files of the folder stay.
     """
     tree = Tree(argument(arguments, 0, "WORKDIR"), argument(arguments, 1, "FOLDER"))
-    wanted = sha_of(argument(arguments, 2, "SHA256"))
-    if manifest_sha(_plain(tree.look())) == wanted and tree.folder.is_dir():
+    wanted, beside = sha_of(argument(arguments, 2, "SHA256")), arguments[3:] == ["beside"]
+    source = standard_input()
+    files = _announced(source, wanted) if beside else {}
+    if manifest_sha(_plain(tree.look(files if beside else None))) == wanted and tree.folder.is_dir():
         say({"current": True})
         return 0
     say({"current": False})
-    source = standard_input()
-    files = manifest_of((read_header(source, LIST_BYTES) or {}).get("files"))
-    if manifest_sha(files) != wanted:
-        raise NodeError("protocol", "the manifest is not the one that was announced")
+    if not beside:
+        files = _announced(source, wanted)
     with locked(tree.notes.with_suffix(".lock")):
-        old = tree.look()
-        here = {entry.sha256 for entry in old.values()}
+        old = tree.look(files if beside else None)
+        here = set() if beside else {entry.sha256 for entry in old.values()}
         items = ((sha256, size) for sha256, size, _ in files.values() if sha256 not in here)
         say({"missing": tree.store.missing(items), "free_bytes": tree.store.free_bytes()})
         received = store.Receiver(tree.store, source).run()
         if received["refused"]:
             say({"placed": False, **received})
             return 0
-        tree.place(files, old)
+        if beside:
+            tree.add(files, old)
+        else:
+            tree.place(files, old)
     say({"placed": True, **received})
     return 0
+
+
+def _announced(source: BinaryIO, sha256: str) -> Manifest:
+    files = manifest_of((read_header(source, LIST_BYTES) or {}).get("files"))
+    if manifest_sha(files) != sha256:
+        raise NodeError("protocol", "the manifest is not the one that was announced")
+    return files
 
 
 def place(arguments: list[str]) -> int:
