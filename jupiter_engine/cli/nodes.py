@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -113,7 +114,7 @@ async def add(options: argparse.Namespace, workspace: Workspace) -> int:
         "role": options.role,
         "ssh_user": options.user or user or None,
         "ssh_port": options.port,
-        "identity": options.identity,
+        "identity": _from_here(options.identity),
         "jump": options.jump,
         "device_type": options.device_type,
         "connection_type": options.connection,
@@ -140,6 +141,13 @@ async def add(options: argparse.Namespace, workspace: Workspace) -> int:
         )
         print(plain_text(f"{node.title()} is a node now: {about}, role {node.role}"))
     return ExitCode.DONE
+
+
+def _from_here(path: str | None) -> str | None:
+    """A path given on the command line, as it is written into a file in another folder."""
+    if path is None or path.startswith(("/", "~", "-")):
+        return path
+    return str(Path.cwd() / path)
 
 
 async def remove(options: argparse.Namespace, workspace: Workspace) -> int:

@@ -5,6 +5,7 @@ The same steps serve the command line and the console: what a person has to deci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
@@ -102,8 +103,8 @@ def completed(node: NodeSpec, facts: NodeFacts) -> NodeSpec:
 def _gib(size_bytes: int) -> float:
     """As machines are sold: systems report a little less than what is built in."""
     exact = size_bytes / GIB
-    whole = round(exact)
-    return float(whole) if whole and abs(exact - whole) < 0.06 * exact else round(exact, 1)
+    sold = 4.0 * math.ceil(exact / 4)
+    return sold if sold - exact <= 0.06 * sold else round(exact, 1)
 
 
 _WITH_ROLE: Final = ("host", "name", "device_type", "memory_gb", "chip", "role")

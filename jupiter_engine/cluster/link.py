@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import os
 import posixpath
 import re
@@ -246,9 +247,10 @@ async def _about(connection: Connection) -> _About:
 def _aliases(nodes: Sequence[NodeSpec]) -> dict[str, str]:
     """Names that are safe as a word of any shell and tell people who is meant."""
     found: dict[str, str] = {}
-    for number, node in enumerate(nodes, 1):
+    for node in nodes:
         word = re.sub(r"[^a-z0-9]+", "-", node.title().lower()).strip("-")[:40] or "node"
-        found[node.title()] = f"{word}-{number}" if word in found.values() else word
+        choices = itertools.chain([word], (f"{word}-{number}" for number in itertools.count(2)))
+        found[node.title()] = next(choice for choice in choices if choice not in found.values())
     return found
 
 

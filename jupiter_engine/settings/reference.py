@@ -32,7 +32,7 @@ READERS: Final[dict[str, str]] = {
     "nodes": "placement, Fleet page",
     "nodes[].host": "connections",
     "nodes[].device_type": "placement, groups, environment push",
-    "nodes[].connection_type": "check of the groups, Fleet page",
+    "nodes[].connection_type": "check of the groups",
     "nodes[].ssh_user": "connections",
     "nodes[].ssh_port": "connections",
     "nodes[].identity": "connections",

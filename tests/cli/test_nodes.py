@@ -229,6 +229,14 @@ def test_wrong_use(place: Place, argv: list[str], said: str) -> None:
     assert "Traceback" not in err
 
 
+def test_a_key_file_is_meant_from_where_the_command_is_given(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = place.machine("box")
+    monkeypatch.chdir(place.folder)
+    status, _, err = place.add(server, "box", "--identity", "id", "--fingerprint", fingerprint(server))
+    assert status == ExitCode.DONE, err
+    assert load_cluster(place.root / "config" / "cluster.yaml").value.nodes[1].identity == str(place.identity)
+
+
 def test_a_machine_that_cannot_be_called_is_not_written_down(place: Place) -> None:
     server = place.machine("box")
     server.stop()

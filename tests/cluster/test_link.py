@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import re
 import socket
 import stat
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from jupiter_engine.cluster import link as links
 from jupiter_engine.cluster.link import (
@@ -294,6 +297,14 @@ async def test_unlinking_does_what_can_be_done(machines: Machines) -> None:
     assert said == {"worker": "it is not connected"}
     assert machines.authorized("worker").read_text()
     assert machines.authorized("Wörker $(x)").read_text() == ""
+
+
+@given(st.lists(st.text(min_size=1, max_size=12), unique_by=str.lower, max_size=6))
+@example(["a-2", "a", "a!", "ä", "-oProxyCommand=x", "$(x);\n"])
+def test_aliases_are_words_of_any_shell_and_differ(titles: list[str]) -> None:
+    aliases = links._aliases([NodeSpec(host="h", name=title) for title in titles])
+    assert len(set(aliases.values())) == len(titles)
+    assert all(re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", alias) for alias in aliases.values())
 
 
 async def test_one_machine_needs_no_links(tmp_path: Path) -> None:
