@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +28,9 @@ class Stages(Protocol):
 
     def silent(self) -> frozenset[str]:
         """Names of the machines that do not answer now."""
+
+    async def leader_gone(self, others: Sequence[str], run: str) -> bool:
+        """Whether a group's other machines answer, and none of them has heard of the leading one for a minute."""
 
     async def stop_abandoned(self, node: str, workspace: str, run: str) -> bool:
         """End the run's processes on a machine, if it answers; whether that is done."""
@@ -125,17 +128,14 @@ class Dispatcher:
     async def replace(self, stage: str, folder: Path) -> bool:
         """Give up a machine that has been silent for too long, if another one can do the stage instead.
 
-        True if the stage has to be begun again. A training goes on where it is: its leading machine has
-        its checkpoints, and most silences are a network's, not a machine's.
+        True if the stage has to be begun again.
         """
         remote = self._remote.get(folder.name)
         if remote is None or remote.silent_since is None or self._stages is None:
             return False
-        if stage == "train" and remote.placed().round:
-            return False
         cluster = self._cluster()
         silence = time.monotonic() - remote.silent_since
-        if silence < cluster.retries.node_lost_after_s:
+        if silence < cluster.retries.node_lost_after_s or not await self._may_move(stage, folder, remote):
             return False
         silent = self._stages.silent() | {remote.name}
         try:
@@ -150,6 +150,16 @@ class Dispatcher:
             folder, f"{remote.name} has not answered for {silence:.0f} s: {where} takes over the stage", "warning"
         )
         return True
+
+    async def _may_move(self, stage: str, folder: Path, remote: RemoteStage) -> bool:
+        """A training moves only to a machine that has a copy of its checkpoints, the next of its group, and only if
+        that one misses the leading machine too: most silences are a network's, not a machine's."""
+        placed = remote.placed()
+        if stage != "train" or placed.round == 0:
+            return True
+        assert self._stages is not None
+        others = [name for name in placed.nodes if name != remote.name]
+        return bool(others) and await self._stages.leader_gone(others, folder.name)
 
     def _note(self, folder: Path, text: str, level: str = "info") -> None:
         self._notes.append(Note(folder.name, level, text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,8 @@ class PlayedStages:
         self.made: list[PlayedStage] = []
         self.lost: set[str] = set()
         self.silent_stage = False
+        self.gone = False
+        self.asked: tuple[str, ...] = ()
         self.stopped: list[tuple[str, str, str]] = []
         self.closed = False
 
@@ -81,6 +84,10 @@ class PlayedStages:
 
     def silent(self) -> frozenset[str]:
         return frozenset(self.lost)
+
+    async def leader_gone(self, others: Sequence[str], run: str) -> bool:
+        self.asked = tuple(others)
+        return self.gone
 
     async def stop_abandoned(self, node: str, workspace: str, run: str) -> bool:
         self.stopped.append((node, workspace, run))
@@ -101,7 +108,7 @@ class Fixture:
         self.engine = self.new_engine()
 
     def new_engine(self) -> Engine:
-        return Engine(self.root, self.local, lambda: self.stages)  # type: ignore[return-value]
+        return Engine(self.root, self.local, lambda: self.stages)  # type: ignore[arg-type]
 
     def start(self) -> None:
         self.engine.database.submit(StartCycles(domain="python", mode="auto"))
@@ -185,6 +192,35 @@ async def test_a_training_that_was_begun_stays_with_the_machine_that_has_its_che
     fixture.stages.made[0].silent_since = time.monotonic() - 6000
     await fixture.steps()
     assert fixture.engine.state.cycles["python-0001"].stages["train"].status == "running"
+
+
+GROUP = """\
+nodes:
+  - {host: localhost, name: here, device_type: cpu, role: hybrid, can_train: false}
+  - {host: m1, device_type: mac, role: trainer}
+  - {host: m2, device_type: mac, role: trainer}
+groups: [{name: macs, nodes: [m1, m2]}]
+retries: {node_lost_after_s: 20}
+"""
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_a_group_is_led_by_its_next_machine_only_if_that_one_misses_the_leader_too(
+    gone: bool, tmp_path: Path
+) -> None:
+    fixture = Fixture(tmp_path, GROUP)
+    fixture.stages.silent_stage = True
+    fixture.start()
+    await fixture.steps()
+    fixture.stages.lost.add("m1")
+    fixture.stages.gone = gone
+    fixture.stages.silent_stage = False
+    fixture.stages.made[0].silent_since = time.monotonic() - 21
+    await fixture.steps()
+    assert fixture.stages.asked == ("m2",)
+    leaders = [stage.name for stage in fixture.stages.made if stage.folder.name == "python-0001-train"]
+    assert leaders == (["m1", "m2"] if gone else ["m1"])
+    assert (fixture.engine.state.cycles["python-0001"].status == "finished") is gone
 
 
 async def test_the_next_engine_goes_back_to_the_machine_where_the_stage_was_begun(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from jupiter_engine.files import ProcessIdentity, write_json
 from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.specs import HostSpec, LaunchSpec
 from jupiter_engine.training.distributed import reports
+from jupiter_engine.training.distributed.copies import CheckpointCopies
 from jupiter_engine.training.distributed.hosts import UNREACHED, GroupEvents, Roll, write_group_spec
 from jupiter_engine.training.distributed.launchers import PROGRAM, launch_command, launch_environment
 from jupiter_engine.training.distributed.stall import Progress
@@ -44,6 +45,7 @@ _GROUP_TERM_S = 60.0
 _PAUSES_S = (1.0, 5.0, 15.0, 60.0)
 """Before a launch that follows a futile one (the first: before one that follows a death after progress)."""
 _HOUR_S = 3600.0
+_COPIES_KEPT = 2
 _MISSED_S = 2.0
 """Between two looks for a machine that does not answer."""
 _TAIL_BYTES = 4000
@@ -123,6 +125,8 @@ class Supervisor:
         self._ranks_folder = run_folder / "ranks"
         self._ranks_folder.mkdir(exist_ok=True)
         self._roll = Roll(launch)
+        self._copies: CheckpointCopies | None = None
+        self._copy_problem = ""
         self._launched_at: deque[float] = deque()
 
     def run(self) -> dict[str, Any] | None:
@@ -142,6 +146,7 @@ class Supervisor:
                 why = self._follow(launch)
             finally:
                 self._end(launch)
+                self._stop_copies()
             if launch.result is not None or launch.halted:
                 return launch.result
             if launch.failed is not None:
@@ -233,10 +238,32 @@ class Supervisor:
                     return f"rank {dead[0]} (pid {launch.ranks[dead[0]].pid}) died"
                 continue
             self._watch_progress(launch)
+            self._copy_checkpoints(launch)
             silence = time.monotonic() - launch.heard
             if silence > self._allowed(launch):
                 return f"no rank reported anything for {silence:.0f} s after step {launch.last_step}"
             time.sleep(_POLL_S)
+
+    def _copy_checkpoints(self, launch: _Launch) -> None:
+        """Keep a second copy on the first of the other hosts that take part."""
+        if len(launch.hosts) < 2:
+            return
+        host = launch.hosts[1]
+        if self._copies is None or self._copies.host.name != host.name:
+            self._stop_copies()
+            self._copies = CheckpointCopies(
+                self._folder / "checkpoints", host, self._spec.ssh_config, keep=_COPIES_KEPT
+            )
+        self._copies.look()
+        problem = self._copies.problem
+        if problem and not self._copy_problem:
+            self._listener.note(f"a checkpoint could not be copied to {host.name}: {problem}", "warning")
+        self._copy_problem = problem
+
+    def _stop_copies(self) -> None:
+        if self._copies is not None:
+            self._copies.close()
+            self._copies = None
 
     def _allowed(self, launch: _Launch) -> float:
         seconds = launch.progress.seconds
