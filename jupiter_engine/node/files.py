@@ -21,27 +21,32 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Temporary name, fsync, rename, fsync of the folder. OSError as the system gives it; then nothing has changed."""
+def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Temporary name, fsync, rename, fsync of the folder. OSError as the system gives it; then nothing has changed.
+
+    Without `sync` a loss of power may leave an empty file: for what is written often and can be found again.
+    """
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
             write_all(fd, data)
-            os.fsync(fd)
+            if sync:
+                os.fsync(fd)
         finally:
             os.close(fd)
         temp.replace(path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
             temp.unlink()
         raise
 
 
-def write_json(path: Path, value: object) -> None:
-    """A JSON document and a newline, atomically."""
-    write_atomic(path, json.dumps(value, indent=1).encode("utf-8") + b"\n")
+def write_json(path: Path, value: object, *, sync: bool = True) -> None:
+    """A JSON document and a newline, as `write_atomic` writes."""
+    write_atomic(path, json.dumps(value, indent=1).encode("utf-8") + b"\n", sync=sync)
 
 
 def sync_folder(folder: Path) -> None:

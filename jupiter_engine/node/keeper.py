@@ -28,7 +28,7 @@ TICK_S = 0.2 if identity.LINUX else 1.0
 """Between two looks. Without /proc each look at a process starts a `ps`."""
 BEAT_S = 2.0
 SCAN_S = 2.0
-SCAN_SHARE = 0.005
+SCAN_SHARE = 0.002
 """Looking for descendants may take this share of one core; with many processes it happens less often."""
 LEASE_TICK_S = 2.0
 """A pause of ours (a stopped virtual machine) counts at most so much towards a lease that nobody renews."""
@@ -369,7 +369,7 @@ class Keeper:
         }
         data = json.dumps(record).encode("utf-8").ljust(1023) + b"\n"
         try:
-            write_atomic(path, data)
+            write_atomic(path, data, sync=False)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -383,7 +383,7 @@ class Keeper:
         if content == self._stored:
             return
         try:
-            write_json(self.folder.path / "processes.json", table)
+            write_json(self.folder.path / "processes.json", table, sync=False)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
