@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -16,6 +17,9 @@ BILLION_CHECKPOINT_BYTES: Final = 12_500_000_000
 CLAIM_SHARE: Final = 0.9
 """A card of 24 GB shows about 22.5 GiB free for programs: less than a tenth below the claim is the claim."""
 BUSY_SHARE: Final = 0.5
+
+_OF_RUNNER: Final = re.compile(r"\.pyz (hold|keep-run|rank-run) (\S+)")
+"""A process of the node runner and the folder that it is there for."""
 
 _theme = Theme()
 
@@ -92,19 +96,28 @@ def leftover(e: Evidence) -> Iterator[Verdict]:
 
 
 def orphans(facts: NodeFacts) -> list[dict[str, Any]]:
-    """Jupiter's processes that have lost their parent, without those that are meant to have none.
+    """Jupiter's processes whose parent is init although it should be one of ours, and that no node runner looks after.
 
-    Runners, workers and launchers live detached; a rank or its holder whose parent is init has been left behind.
+    Runners and workers live detached on purpose. A rank always has a parent; the holder of a process may lose it, and
+    is then adopted by the next node runner of its folder: it is lost only while there is none.
     """
     found = node_fact(facts, "processes")
     processes = [process for process in found if isinstance(process, dict)] if isinstance(found, list) else []
-    return [
-        process
-        for process in processes
-        if process.get("parent") == 1
-        and process.get("state") != "Z"
-        and "jupiter_engine.worker.rank" in str(process.get("command", ""))
-    ]
+    commands = [str(process.get("command", "")) for process in processes]
+    watched = {
+        match[2] for command in commands for match in [_OF_RUNNER.search(command)] if match and match[1] != "hold"
+    }
+
+    def lost(process: dict[str, Any]) -> bool:
+        command = str(process.get("command", ""))
+        if process.get("parent") != 1 or process.get("state") == "Z":
+            return False
+        held = _OF_RUNNER.search(command)
+        if held and held[1] == "hold":
+            return not any(held[2] == folder or held[2].startswith(f"{folder}/") for folder in watched)
+        return held is None and "jupiter_engine.worker.rank" in command
+
+    return [process for process in processes if lost(process)]
 
 
 @_theme.check("busy", "Nodes have nothing else to do")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from jupiter_engine.cluster.doctor import CHECKS, Evidence, Former, Login, Problem, examine, needed_nodes_fail
+from jupiter_engine.cluster.doctor.capacity import orphans
 from jupiter_engine.protocol.fleet import Fix, Interface
 from jupiter_engine.settings.cluster import GroupSpec, NodeSpec
 from jupiter_engine.units import GIB
@@ -521,6 +522,27 @@ def test_a_healthy_group_has_no_complaint() -> None:
     found = examine(pair(edges=(edge(),)))
     assert [one.text for one in found if one.severity in ("warn", "fail")] == []
     assert len({one.check for one in found}) > 30
+
+
+def process(pid: int, parent: int, command: str, state: str = "S") -> dict[str, object]:
+    return {"pid": pid, "parent": parent, "state": state, "command": f"python -I /n/0011223344556677.pyz {command}"}
+
+
+@pytest.mark.parametrize(
+    ("processes", "lost"),
+    [
+        ([process(5, 1, "keep-run /r/a"), process(6, 5, "hold /r/a worker")], []),
+        # Its runner was killed and another one has adopted it.
+        ([process(7, 1, "keep-run /r/a"), process(6, 1, "hold /r/a worker")], []),
+        ([process(7, 1, "keep-run /r/ab"), process(6, 1, "hold /r/a worker")], [6]),
+        ([process(8, 3, "rank-run /r/a/ranks/2"), process(6, 1, "hold /r/a/ranks/2/held rank-0")], []),
+        ([process(6, 1, "hold /r/a/ranks/2/held rank-0")], [6]),
+        ([process(6, 1, "hold /r/a worker", state="Z")], []),
+        ([RANK, {**RANK, "pid": 78, "parent": 6}], [77]),
+    ],
+)
+def test_who_is_left_over(processes: list[dict[str, object]], lost: list[int]) -> None:
+    assert [one["pid"] for one in orphans(mac(node={"processes": processes}))] == lost
 
 
 def test_findings_come_worst_first() -> None:
