@@ -8,7 +8,6 @@ from typing import Final, Literal
 import msgspec
 
 from jupiter_engine.cluster.readers.reading import (
-    ToolOutput,
     json_of,
     lines_of,
     pairs,
@@ -16,6 +15,7 @@ from jupiter_engine.cluster.readers.reading import (
     short,
     table,
     text_of,
+    unusable,
     whole,
 )
 from jupiter_engine.units import GIB, MIB
@@ -95,7 +95,7 @@ def mac_hardware(raw: object) -> MacHardware:
     tool = "system_profiler SPHardwareDataType -json"
     found = rows(table(json_of(tool, raw)).get("SPHardwareDataType"), 4)
     if not found:
-        raise ToolOutput(tool, "has no entry under SPHardwareDataType")
+        raise unusable(tool, "has no entry under SPHardwareDataType")
     entry = table(found[0])
     memory = _MEMORY.search(short(entry.get("physical_memory", "")))
     unit = {"MB": MIB, "GB": GIB, "TB": 1024 * GIB}
@@ -117,7 +117,7 @@ def mac_system(raw: object) -> MacSystem:
     found = pairs(lines_of("sw_vers", raw), ":")
     version = short(found.get("ProductVersion", ""), 20)
     if not version:
-        raise ToolOutput("sw_vers", "has no ProductVersion")
+        raise unusable("sw_vers", "has no ProductVersion")
     return MacSystem(version=version, build=short(found.get("BuildVersion", ""), 20))
 
 
@@ -163,7 +163,7 @@ def battery(raw: object) -> Battery:
     """`pmset -g batt`: `Now drawing from 'AC Power'`, then a line for each battery with `95%;` (its manual page)."""
     text = text_of("pmset -g batt", raw)
     if "Now drawing from" not in text:
-        raise ToolOutput("pmset -g batt", "does not say what power is drawn from")
+        raise unusable("pmset -g batt", "does not say what power is drawn from")
     percent = _PERCENT.search(text)
     return Battery(on_battery="'Battery Power'" in text, percent=int(percent[1]) if percent else None)
 
@@ -193,13 +193,13 @@ def memory_use(raw: object) -> Memory:
     lines = lines_of("vm_stat", raw)
     page = _PAGE.search(lines[0][:200])
     if page is None:
-        raise ToolOutput("vm_stat", "does not tell its page size")
+        raise unusable("vm_stat", "does not tell its page size")
     found = pairs(lines[1:], ":")
 
     def size(name: str) -> int:
         pages = whole(found.get(name, "").rstrip("."))
         if pages is None or not 0 <= pages < 2**40:
-            raise ToolOutput("vm_stat", f"has no number for `{name}`")
+            raise unusable("vm_stat", f"has no number for `{name}`")
         return pages * int(page[1])
 
     return Memory(
@@ -220,5 +220,5 @@ def firewall(raw: object) -> Literal["on", "block_all", "off"]:
     text = text_of(tool, raw)
     state = re.search(r"State = ([0-9])", text)
     if state is None:
-        raise ToolOutput(tool, "tells no state")
+        raise unusable(tool, "tells no state")
     return "off" if state[1] == "0" else "block_all" if state[1] == "2" else "on"

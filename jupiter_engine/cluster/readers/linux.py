@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from jupiter_engine.cluster.readers.reading import ToolOutput, lines_of, pairs, real, short, text_of, whole
+from jupiter_engine.cluster.readers.reading import lines_of, pairs, real, short, text_of, unusable, whole
 
 
 class Processor(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +38,7 @@ def memory(raw: object) -> tuple[int, int]:
         words = found.get(name, "").split()
         value = whole(words[0]) if words else None
         if value is None or not 0 <= value < 2**50:
-            raise ToolOutput("/proc/meminfo", f"has no number for {name}")
+            raise unusable("/proc/meminfo", f"has no number for {name}")
         values.append(value * 1024)
     return values[0], values[1]
 
@@ -56,7 +56,7 @@ def load(raw: object) -> float:
     words = text_of("/proc/loadavg", raw).split()
     value = real(words[0]) if words else None
     if value is None:
-        raise ToolOutput("/proc/loadavg", "does not begin with a number")
+        raise unusable("/proc/loadavg", "does not begin with a number")
     return value
 
 
@@ -69,7 +69,7 @@ def times(raw: object) -> Times:
             ticks = [number for number in numbers if number is not None]
             if len(ticks) >= 5 and len(ticks) == len(numbers):
                 return Times(total=sum(ticks), idle=ticks[3] + ticks[4])
-    raise ToolOutput("/proc/stat", "has no line for all processors")
+    raise unusable("/proc/stat", "has no line for all processors")
 
 
 def uptime_s(raw: object) -> float:
@@ -77,7 +77,7 @@ def uptime_s(raw: object) -> float:
     words = text_of("/proc/uptime", raw).split()
     value = real(words[0]) if words else None
     if value is None:
-        raise ToolOutput("/proc/uptime", "does not begin with a number")
+        raise unusable("/proc/uptime", "does not begin with a number")
     return value
 
 

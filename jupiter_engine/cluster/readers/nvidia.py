@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from jupiter_engine.cluster.readers.reading import ToolOutput, lines_of, real, short, whole
+from jupiter_engine.cluster.readers.reading import lines_of, real, short, unusable, whole
 from jupiter_engine.protocol.fleet import Gpu
 from jupiter_engine.units import MIB
 
@@ -66,13 +66,13 @@ def cards(raw: object) -> tuple[Card, ...]:
         if not line.strip() or len(found) >= 256:
             continue
         if len(line) > 2000:
-            raise ToolOutput(tool, "printed a line too long for a card")
+            raise unusable(tool, "printed a line too long for a card")
         fields = next(csv.reader([line.replace("\0", "")], quoting=csv.QUOTE_NONE, skipinitialspace=True))
         if len(fields) != _FIELDS:
-            raise ToolOutput(tool, f"printed {short(line, 80)!r} in place of {_FIELDS} fields")
+            raise unusable(tool, f"printed {short(line, 80)!r} in place of {_FIELDS} fields")
         index = whole(fields[0])
         if index is None:
-            raise ToolOutput(tool, f"gave {short(fields[0], 20)!r} as a card's number")
+            raise unusable(tool, f"gave {short(fields[0], 20)!r} as a card's number")
         found.append(_card(index, fields))
     return tuple(found)
 

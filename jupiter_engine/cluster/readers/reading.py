@@ -23,21 +23,26 @@ class ToolOutput(JupiterError):
 
     title = "A system tool's answer could not be read"
 
-    def __init__(self, tool: str, why: str, *, fix: str = "") -> None:
-        super().__init__(f"`{tool}` {why}", fix=fix or f"run `{tool}` on the node and see what it says")
+    def __init__(self, detail: str, *, title: str | None = None, fix: str = "", tool: str = "") -> None:
+        super().__init__(detail, title=title, fix=fix)
         self.tool = tool
+
+
+def unusable(tool: str, why: str) -> ToolOutput:
+    """The error for an answer of `tool` (as it is called) that `why` says cannot be used."""
+    return ToolOutput(f"`{tool}` {why}", tool=tool, fix=f"run `{tool}` on the node and see what it says")
 
 
 def text_of(tool: str, raw: object) -> str:
     """The answer as text; ToolOutput for anything but text or bytes of a believable size."""
     if isinstance(raw, bytes | bytearray):
         if len(raw) > LIMIT_BYTES:
-            raise ToolOutput(tool, f"printed {len(raw)} bytes, more than the {LIMIT_BYTES} that are read")
+            raise unusable(tool, f"printed {len(raw)} bytes, more than the {LIMIT_BYTES} that are read")
         return bytes(raw).decode("utf-8", "replace")
     if not isinstance(raw, str):
-        raise ToolOutput(tool, f"gave {type(raw).__name__}, not text")
+        raise unusable(tool, f"gave {type(raw).__name__}, not text")
     if len(raw) > LIMIT_BYTES:
-        raise ToolOutput(tool, f"printed {len(raw)} characters, more than the {LIMIT_BYTES} that are read")
+        raise unusable(tool, f"printed {len(raw)} characters, more than the {LIMIT_BYTES} that are read")
     return raw
 
 
@@ -45,7 +50,7 @@ def lines_of(tool: str, raw: object) -> list[str]:
     """Its lines without their ends, split at line feeds only."""
     lines = [line.rstrip("\r") for line in text_of(tool, raw).split("\n")]
     if len(lines) > LINES_READ:
-        raise ToolOutput(tool, f"printed {len(lines)} lines, more than the {LINES_READ} that are read")
+        raise unusable(tool, f"printed {len(lines)} lines, more than the {LINES_READ} that are read")
     return lines
 
 
@@ -57,7 +62,7 @@ def json_of(tool: str, raw: object) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ToolOutput(tool, f"printed no JSON: {short(error)}") from None
+        raise unusable(tool, f"printed no JSON: {short(error)}") from None
 
 
 def short(value: object, limit: int = 120) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from jupiter_engine.cluster.readers.reading import ToolOutput, json_of, lines_of, rows, short, table, whole
+from jupiter_engine.cluster.readers.reading import json_of, lines_of, rows, short, table, unusable, whole
 
 _DEPTH: Final = 12
 """Hubs behind hubs are followed this deep: Thunderbolt allows six devices in a row."""
@@ -67,7 +67,7 @@ def thunderbolt_ports(raw: object) -> tuple[ThunderboltPort, ...]:
     tool = "system_profiler SPThunderboltDataType -json"
     document = json_of(tool, raw)
     if not isinstance(document, dict) or not isinstance(document.get("SPThunderboltDataType"), list):
-        raise ToolOutput(tool, "has no list SPThunderboltDataType")
+        raise unusable(tool, "has no list SPThunderboltDataType")
     ports = []
     for bus in rows(document["SPThunderboltDataType"], 64):
         port = _port(table(bus))
