@@ -166,10 +166,19 @@ def _commands(node: int, mine: Sequence[tuple[Cable, Ends]], machine: Machine) -
 def _all_commands(
     node: int, mine: Sequence[tuple[Cable, Ends]], machine: Machine
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """What a restart makes necessary again; the bridge comes back up with the system."""
+    """What a restart makes necessary again; the bridge comes back up with the system.
+
+    Cables that other groups use keep what they have now: there is one daemon for all of a Mac.
+    """
     yield "", ("ifconfig", machine.bridge or "bridge0", "down")
     for text, argv, _ in _addresses(node, mine, machine):
         yield text, argv
+    for interface in sorted(
+        {socket.interface for socket in machine.sockets} - {one.interface(node) for one, _ in mine}
+    ):
+        for number, address in enumerate(machine.addresses(interface)):
+            more = ("alias",) if number else ()
+            yield "", ("ifconfig", interface, "inet", str(address.ip), "netmask", str(address.netmask), *more)
 
 
 def _addresses(

@@ -75,7 +75,7 @@ def _rank(shared: Shared) -> tuple[int, int, IPv4Network]:
 def _loopback(machines: Sequence[Machine]) -> Shared | None:
     """Nodes that are all named by loopback addresses are this one machine under several names."""
     try:
-        addresses = [IPv4Address(machine.host) for machine in machines]
+        addresses = [IPv4Address("127.0.0.1" if one.host == "localhost" else one.host) for one in machines]
     except ValueError:
         return None
     if not addresses or not all(address.is_loopback for address in addresses):

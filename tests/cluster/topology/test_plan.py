@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import plistlib
+import subprocess
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 
 import pytest
 
 from jupiter_engine.cluster import cables
+from jupiter_engine.cluster.addressing import daemon_plist
 from jupiter_engine.cluster.machine import NodeTools, read_machine
 from jupiter_engine.cluster.topology import fleet_links, plan_group
 from jupiter_engine.protocol.fleet import GroupPlan
 from tests.fake_tools.linux_box import FakeLinux
-from tests.fake_tools.macs import FakeMac, behind_hub, cable, chain, device, macs, mesh, ring, tools, two_cables
+from tests.fake_tools.macs import (
+    FakeMac,
+    behind_hub,
+    cable,
+    chain,
+    device,
+    macs,
+    make_fake_mac,
+    mesh,
+    ring,
+    state_of,
+    tools,
+    two_cables,
+)
 
 
 def plan(found: list[FakeMac], **options: object) -> GroupPlan:
@@ -310,6 +328,31 @@ def test_a_bridge_that_is_down_is_left_alone_but_not_at_the_next_start() -> None
     assert all("ifconfig bridge0 down; ifconfig en" in fix.argv[-1] for fix in lasting)
 
 
+def test_the_start_up_script_sets_everything_again(tmp_path: Path) -> None:
+    found = ring(3, sockets=4)
+    found[0].state["addresses"]["en5"] = ["10.50.0.1/30"]
+    made = plan(found)
+    (lasting,) = (fix for fix in made.setup if fix.node == "mac-a" and "restart" in fix.text)
+    assert lasting.argv[-2] == "/Library/LaunchDaemons/jupiter.thunderbolt.plist"
+    daemon = plistlib.loads(lasting.argv[-1].encode())
+    assert (daemon["Label"], daemon["RunAtLoad"]) == ("jupiter.thunderbolt", True)
+    set_up(found, made)
+    wanted = found[0].state["addresses"]
+    # As after a restart: the bridge is up again and no address is left.
+    folder = make_fake_mac(tmp_path / "mac", FakeMac("mac-a", number=1, sockets=4))
+    done = subprocess.run(
+        daemon["ProgramArguments"], env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}, check=True, timeout=20
+    )
+    assert done.returncode == 0
+    after = state_of(folder)
+    assert (after["addresses"], after["bridge_up"]) == (wanted, False)
+
+
+def test_no_strange_word_gets_into_a_start_up_script() -> None:
+    with pytest.raises(ValueError, match="no place in a start-up command"):
+        daemon_plist([("ifconfig", "en2; reboot", "down")])
+
+
 # -- the network that all share ------------------------------------------------------------------------
 def test_wired_beats_wifi_and_vpn_and_containers_never_count() -> None:
     found = macs(2)
@@ -374,6 +417,8 @@ def test_nodes_named_by_loopback_addresses_are_this_machine() -> None:
     nodes = [NodeTools(name=f"n{i}", host=f"127.0.0.{i + 2}", system="Linux") for i in range(3)]
     made = plan_group("here", nodes, twin="mlx")
     assert ips(made) == [["127.0.0.2"], ["127.0.0.3"], ["127.0.0.4"]]
+    led = plan_group("here", [NodeTools(name="me", host="localhost", system="Linux"), *nodes[:1]], twin="torch")
+    assert (led.links[0].a_address, led.links[0].b_address) == ("127.0.0.1", "127.0.0.2")
 
 
 # -- answers that cannot be read -----------------------------------------------------------------------
