@@ -26,6 +26,7 @@ from typing import Any
 
 from . import launch_lines
 from .errors import NodeError
+from .event_log import EventLog
 from .files import write_json
 from .group_spec import Host, Spec, read
 from .host_calls import Calls
@@ -139,6 +140,8 @@ class Group:
         self._launcher_ended: tuple[float, str] | None = None
         self._refused: dict[str, int] = {}
         self._renewed = 0.0
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        self._log = EventLog(spec.folder / "group.jsonl")
 
     def ask_to_end(self, number: int, frame: object) -> None:
         """Signal handler."""
@@ -148,7 +151,6 @@ class Group:
 
     def run(self) -> int:
         """The whole life of the launch; returns the exit status."""
-        self._spec.folder.mkdir(parents=True, exist_ok=True)
         if (self._spec.folder / "hosts.json").exists():
             raise NodeError("generation", f"{self._spec.folder} was started before", "use a fresh generation")
         names = {str(rank): facts["host"] for rank, facts in self._ranks.known.items()}
@@ -162,6 +164,9 @@ class Group:
             reason = str(error)
         except NodeError as error:
             reason = f"{error.detail}; {error.fix}" if error.fix else error.detail
+        except OSError as error:
+            # A full disk, mostly. Whatever it is: the other hosts must not go on without us.
+            reason = f"{self._spec.hosts[0].name}: {error}"
         if self._asked.is_set():
             reason = reason or "it was told to end"
         left = self._end()
@@ -260,6 +265,7 @@ class Group:
                 raise Failed("it was told to end")
             self._renew()
             self._watch_silence()
+            self._log.flush()
             if not joined:
                 self._watch_start(deadline)
             self._decide()
@@ -375,7 +381,15 @@ class Group:
             if index and told["signal"] in _ASKED and self._spec.launcher != "direct":
                 told["ended_by"] = self._ranks.known[rank]["ended_by"] = self._spec.launcher
             self._note("rank_exited", rank=rank, host=self._ranks.known[rank]["host"], **told)
-        return self._ranks.in_words(deaths[0][0]) if deaths else ""
+        if not deaths:
+            return ""
+        reason = self._ranks.in_words(deaths[0][0])
+        if deaths[0][1]["signal"] in _ASKED and self._spec.launcher != "direct":
+            # The launcher lost a connection, or somebody ended a rank by hand.
+            reason += f", which {self._spec.launcher} may have sent"
+            silent = [name for name, link in self._links.items() if link.silent]
+            reason += f"; {', '.join(silent)} cannot be reached" if silent else ""
+        return reason
 
     # -- end -------------------------------------------------------------------------------------
     def _end(self) -> list[str]:
@@ -426,12 +440,11 @@ class Group:
             str(rank): {key: facts[key] for key in keys if key in facts} for rank, facts in self._ranks.known.items()
         }
         self._note("ended", result=ended, reason=reason, left=left)
+        self._log.close()
         sys.stdout.write(json.dumps({"ended": ended, "reason": reason, "ranks": ranks, "left": left}) + "\n")
         sys.stdout.flush()
         return status
 
     def _note(self, event: str, **facts: Any) -> None:
         """One line of group.jsonl."""
-        line = json.dumps({"at": time.time(), "event": event, **facts})
-        with (self._spec.folder / "group.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._log.add(event, **facts)

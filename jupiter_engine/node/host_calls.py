@@ -20,10 +20,9 @@ CONNECT_S = 5
 """An ssh server that has not answered by then is not there."""
 _SSH_FAILED = 255
 _REPEAT_S = 1.0
+_ALIVE_S = 2
 _OPTIONS = (
     *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", "-o", "LogLevel=ERROR"),
-    # A silent host ends the connection within 6 to 8 seconds.
-    *("-o", "ServerAliveInterval=2", "-o", "ServerAliveCountMax=3"),
     # A shared connection of the user may be hanging, and may end when he logs out.
     *("-o", "ControlMaster=no", "-o", "ControlPath=none", "-o", "ForwardX11=no", "-T"),
 )
@@ -37,9 +36,14 @@ class Unreachable(NodeError):
         super().__init__("unreachable", f"{host}: {detail}", f"try `ssh {host}` on the leading machine")
 
 
-def ssh_line(config: str, name: str, line: str) -> list[str]:
-    """An ssh command that runs `line` on host `name` without asking anything."""
-    return ["ssh", *(("-F", config) if config else ()), *_OPTIONS, "--", name, line]
+def ssh_line(config: str, name: str, line: str, *, silence_s: float = 3 * _ALIVE_S) -> list[str]:
+    """An ssh command that runs `line` on host `name` without asking anything.
+
+    It ends when the host has been silent for about `silence_s`.
+    """
+    count = max(1, round(silence_s / _ALIVE_S))
+    alive = ("-o", f"ServerAliveInterval={_ALIVE_S}", "-o", f"ServerAliveCountMax={count}")
+    return ["ssh", *(("-F", config) if config else ()), *_OPTIONS, *alive, "--", name, line]
 
 
 def far_line(runner: Sequence[str], verb: str, *arguments: str) -> str:

@@ -11,9 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import identity
 from .errors import NodeError
-from .files import read_json
 from .group_spec import Host, Spec, layout
 from .host_calls import line
 from .keep_folder import KeepFolder
@@ -27,6 +25,8 @@ _POLL_S = 0.2
 _RETRY_S = 1.0
 _RUNNER_EVERY_S = 1.0
 _GONE_S = 1.5
+_FULL_S = 5.0
+_FULL = "its disk is full"
 _NOISE_LINES = 50
 """Lines of a talkative login shell that may come before the first frame."""
 
@@ -34,6 +34,17 @@ _EVENTS = "node/ranks.jsonl"
 
 News = tuple[str, str, dict[str, Any]]
 """(host, kind, facts): kind is `event` (a line of ranks.jsonl), `back`, `gone` or `failed`."""
+
+
+def _problem_in(state: dict[str, Any]) -> str:
+    """Why a host can no longer be relied upon; empty if it can."""
+    agent = (state.get("processes") or {}).get(AGENT) or {}
+    if not (state.get("runner") or {}).get("alive"):
+        return "its node runner has gone"
+    if agent.get("state") in ("exited", "lost"):
+        return "what watches its ranks has gone"
+    # Nothing can be written down any more, not even a death.
+    return _FULL if state.get("disk_full") else ""
 
 
 class Events:
@@ -117,22 +128,19 @@ class Link:
             self._say("event", event)
             self.ended = self.ended or event.get("event") == "ended"
 
-    def _beat(self, *, runner_lives: bool, agent: dict[str, Any]) -> None:
-        """A sign of life, with what the host's node runner knows."""
+    def _beat(self, state: dict[str, Any]) -> None:
+        """A sign of life, with what the host's node runner knows (verb state)."""
         self.heard_at = time.monotonic()
         if self.silent:
             self._say("back", {})
-        if self.ended:
-            return
-        if agent.get("state") not in ("exited", "lost") and runner_lives:
+        problem = "" if self.ended else _problem_in(state)
+        if not problem:
             self._gone_since = None
-            return
-        if self._gone_since is None:
-            # Its last event may be on the way.
+        elif self._gone_since is None:
+            # Its last event may be on the way; room may be made.
             self._gone_since = time.monotonic()
-        elif time.monotonic() - self._gone_since > _GONE_S:
-            what = "its node runner has gone" if not runner_lives else "what watches its ranks has gone"
-            self._say("gone", {"detail": what, "agent": agent.get("state")})
+        elif time.monotonic() - self._gone_since > (_FULL_S if problem == _FULL else _GONE_S):
+            self._say("gone", {"detail": problem})
 
 
 class LocalLink(Link):
@@ -168,10 +176,9 @@ class LocalLink(Link):
             if ended or time.monotonic() - looked > _RUNNER_EVERY_S:
                 looked = time.monotonic()
                 # In this order: an agent that ends in between has written its last event before.
-                agent = keep.report(AGENT, keep.order())
-                lives = identity.living(read_json(places.keep / "runner.json") or {}) is not None
+                state = keep.state()
                 self._tell(events.read())
-                self._beat(runner_lives=lives, agent=agent)
+                self._beat(state)
 
 
 class RemoteLink(Link):
@@ -290,8 +297,6 @@ class RemoteLink(Link):
                 return
             self._tell(self._events.read())
             if frame["f"] == "beat":
-                state = frame.get("state") or {}
-                agent = (state.get("processes") or {}).get(AGENT) or {}
-                self._beat(runner_lives=bool((state.get("runner") or {}).get("alive")), agent=agent)
+                self._beat(frame.get("state") or {})
             else:
                 self.heard_at = time.monotonic()

@@ -47,6 +47,8 @@ def plan(spec: Spec, host: Host, port: int) -> dict[str, Any]:
         found["command_env"] = hold_environment(spec, host)
         found["ssh"] = {other.ssh: _far_side(spec, other) for other in spec.hosts[1:]}
         found["ssh_config"] = spec.ssh_config
+        # mlx.launch takes the end of its connection for the end of the rank: it shall bear with as much as we do.
+        found["silence_s"] = spec.lease_s
     return found
 
 

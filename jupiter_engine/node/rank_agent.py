@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -206,11 +207,12 @@ class Agent:
             self._launcher_status = self._launcher.wait()
             if self._launcher.stdin is not None:
                 _close(self._launcher.stdin)
-        for hold in self._holds.values():
-            hold.wait()
         # A launcher may have started one more while the others were ended.
         self._see_off(Ending("group", _LAUNCHER_GRACE_S), self._living_ranks)
         self._last_words()
+        end_holds(self._held, self._seen)
+        for hold in self._holds.values():
+            hold.wait()
 
     def _wait_for_launcher(self) -> None:
         """Its ranks have ended: it should notice by itself."""
@@ -257,6 +259,13 @@ class Agent:
     def _unsettled(self, rank: str) -> bool:
         state = self._seen[rank]["state"]
         return state == "running" or (state == "waiting" and self._hold_failed(rank))
+
+
+def end_holds(held: KeepFolder, ranks: Iterable[str]) -> None:
+    """End what waits for room on a full disk to write down how its rank ended."""
+    for rank in ranks:
+        record = read_json(held.pid_file(f"rank-{rank}")) or {}
+        identity.send(record.get("hold") or {}, signal.SIGKILL)
 
 
 def rank_members(held: KeepFolder, rank: str, table: dict[int, identity.Row]) -> list[identity.Row]:

@@ -25,7 +25,7 @@ from .errors import NodeError
 from .files import read_json, write_atomic, write_json
 from .group_spec import layout
 from .keep_folder import KeepFolder
-from .rank_agent import rank_members
+from .rank_agent import end_holds, rank_members
 
 AGENT = "agent"
 _KEEP_S = 30.0
@@ -188,6 +188,7 @@ class Remains:
         while not ending.step(self.living()):
             time.sleep(_POLL_S)
         told += ending.ended
+        end_holds(self._held, self.ranks)
         self._end_runner()
         shutil.rmtree(self._places.temporary, ignore_errors=True)
         return told
@@ -219,7 +220,10 @@ class Remains:
         for number in (signal.SIGTERM, signal.SIGKILL):
             identity.send(runner, number)
             if not _wait(lambda: identity.living(runner) is not None, 2.0):
-                return
+                break
+        # Without room on the disk it waits to write down how the agent ended.
+        agent = read_json(self._keep.pid_file(AGENT)) or {}
+        identity.send(agent.get("hold") or {}, signal.SIGKILL)
 
 
 def _wait(pending: Any, seconds: float) -> bool:

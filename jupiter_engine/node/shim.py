@@ -54,7 +54,8 @@ def ssh(arguments: list[str]) -> int:
     far = (launch.get("ssh") or {}).get(host)
     if far is None:
         raise NodeError("usage", f"{host!r} is no host of this launch", f"see {keep}/launch.json")
-    argv = ssh_line(str(launch["ssh_config"]), host, far_line(far["runner"], "rank-shell", packed(script, far["env"])))
+    line = far_line(far["runner"], "rank-shell", packed(script, far["env"]))
+    argv = ssh_line(str(launch["ssh_config"]), host, line, silence_s=float(launch["silence_s"]))
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.execvp(_real_ssh(argv[0]), argv)  # noqa: S606 - the arguments are a vector, no shell sees them

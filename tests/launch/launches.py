@@ -128,7 +128,7 @@ class Launch:
         """End whatever a failed test leaves."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
-            self.process.communicate(timeout=60.0)
+            self.process.communicate(timeout=90.0)
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
 
@@ -208,9 +208,10 @@ class Launch:
         return [pid for pid in found if "sshd" not in " ".join(_command(pid)[:1])]
 
     def temporary_files(self) -> list[Path]:
-        """What lies in the temporary folders of the hosts of a rig, and of the launch itself."""
-        roots = [folder / "ranks" / str(self.generation) / "tmp" for folder in self.run_folders.values()]
-        tmp = [host.disk / "tmp" for host in self.rig.hosts] if self.rig else []
+        """What lies in the temporary folders of a rig's hosts that are up, and of the launch itself."""
+        up = [name for name in self.run_folders if self.rig is None or self.rig[name].up]
+        roots = [self.run_folders[name] / "ranks" / str(self.generation) / "tmp" for name in up]
+        tmp = [self.rig[name].disk / "tmp" for name in up] if self.rig else []
         return [root for root in roots if root.exists()] + [path for root in tmp for path in root.iterdir()]
 
     def assert_nothing_left(self, timeout_s: float = 5.0) -> None:

@@ -395,5 +395,5 @@ def test_a_full_disk_on_a_host_ends_the_launch_in_words(make: Make) -> None:
     with Rig(2, disk_bytes=4 * 2**20) as small:
         launch = make("direct-mlx", rig=small, ranks=(1, 1), order={"twin": "", "acts": {"1": "fill"}, "seconds": 60.0})
         assert launch.run() == 1
-        assert launch.last_line()["reason"] == "rank 1 on node2 ended with status 1"
+        assert launch.last_line()["reason"] == "node2: its disk is full"
         launch.assert_nothing_left(10.0)
