@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from jupiter_engine.cluster.discovery import Discovered, Offer
 from jupiter_engine.cluster.probe import probe_local
 from jupiter_engine.errors import ConfigError, JupiterError, rebuild
 from jupiter_engine.orchestrator import process
@@ -29,6 +30,7 @@ from jupiter_engine.protocol.facts import Metric, Progress
 from jupiter_engine.protocol.fleet import NodeFacts
 from jupiter_engine.protocol.rows import Chunk, Document
 from jupiter_engine.protocol.state import CycleState, State
+from jupiter_engine.remote.host_keys import OfferedKey
 from jupiter_engine.settings.cluster import ClusterSettings, load_cluster
 from jupiter_engine.settings.domain import DomainSettings, load_domain
 from jupiter_engine.settings.reader import Loaded
@@ -39,9 +41,12 @@ if TYPE_CHECKING:
     from jupiter_engine.cluster.fleet_thread import FleetThread
 
 __all__ = [
+    "Discovered",
     "EngineInfo",
     "Lineage",
     "NodeFacts",
+    "Offer",
+    "OfferedKey",
     "RankLog",
     "Recorded",
     "SampleView",
