@@ -25,11 +25,13 @@ FETCH_LIMIT_BYTES: Final = 256 << 30
 STALL_S: Final = 120.0
 
 _READ: Final = 'if [ -e "$1" ]; then exec tail -c "+$2" <"$1"; fi'
-# Size checked before the rename: a lost connection looks like the end of the input.
+# Size checked before the rename: a lost connection looks like the end of the input. Then nobody reads the errors
+# either, which must not end the script before it has cleaned up.
 _WRITE: Final = """
 if [ -d "$3" ]; then echo "$3 is a folder" >&2; exit 1; fi
 mkdir -p "$1" || exit 1
 umask 077
+trap '' PIPE
 trap 'rm -f "$2"' EXIT
 trap 'exit 1' HUP INT TERM
 cat >"$2" || exit 1

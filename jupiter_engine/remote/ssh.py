@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,15 +17,15 @@ from jupiter_engine.remote.host_keys import KnownHosts, OfferedKey
 from jupiter_engine.remote.port import Completed
 from jupiter_engine.remote.ssh_call import SSH_CONFIG, Called, Caller
 from jupiter_engine.remote.ssh_channel import Command, SshStream, completed, failure
+from jupiter_engine.remote.ssh_sessions import Slot, Slots
 from jupiter_engine.settings.cluster import ConnectionSettings, NodeSpec
 from jupiter_engine.units import bytes_text
 
-# sshd allows ten sessions on a connection (MaxSessions). Two stay free for what the user's own tools share with
-# us, and streams, which last, leave two of ours for commands.
-SESSIONS: Final = 8
-STREAMS: Final = 6
 STREAM_WAIT_S: Final = 60.0
+# After a refusal with nothing of ours open: sshd may still be clearing away what has just ended.
+REFUSED_PAUSES_S: Final = (0.1, 0.3, 0.6)
 WINDOW_BYTES: Final = 4 << 20
+END_WITHIN_S: Final = 15.0
 PIECE_BYTES: Final = 256 << 10
 
 # Ends a command that nobody waits for any more: its process group, gently and then for good. A group's number is
@@ -64,45 +64,6 @@ async def offered_key(
     return await Caller(settings, known_hosts, ssh_config).offered_key(node)
 
 
-class _Slots:
-    """Sessions of one connection that may be open at once; fewer if the server turns out to allow fewer."""
-
-    def __init__(self) -> None:
-        self.open = 0
-        self.limit = SESSIONS
-        self._free = asyncio.Semaphore(SESSIONS)
-        self._streams = asyncio.Semaphore(STREAMS)
-
-    async def take(self, *, lasting: bool) -> Callable[[], None]:
-        """Wait for a slot; the result, called any number of times, gives it back."""
-        if lasting:
-            await self._streams.acquire()
-        try:
-            await self._free.acquire()
-        except asyncio.CancelledError:
-            if lasting:
-                self._streams.release()
-            raise
-        self.open += 1
-        taken = True
-
-        def give_back() -> None:
-            nonlocal taken
-            if taken:
-                taken = False
-                self.open -= 1
-                self._free.release()
-                if lasting:
-                    self._streams.release()
-
-        return give_back
-
-    async def narrow(self) -> None:
-        """The server has refused one: do with one less from now on."""
-        self.limit -= 1
-        await self._free.acquire()
-
-
 class SshConnection(FileCommands):
     """`port.Connection` over one ssh connection."""
 
@@ -111,7 +72,7 @@ class SshConnection(FileCommands):
         self.host = called.client.call.host
         self._called = called
         self._connection = called.connection
-        self._slots = _Slots()
+        self._slots = Slots()
         self._ending: set[asyncio.Task[None]] = set()
         self._closing = False
 
@@ -141,10 +102,11 @@ class SshConnection(FileCommands):
                 raise failures.sessions(self.name, self.host, argv, waited_s=timeout_s) from None
             raise self._failure(argv, command, f"{argv[0]} did not end in {timeout_s:g} s") from None
         finally:
-            if channel is not None:
-                channel.close()
-            if command is not None and not finished:
-                self._end(command)
+            if channel is not None and command is not None:
+                if finished:
+                    channel.close()
+                else:
+                    self._dispose(channel, command)
 
     async def stream(self, argv: Sequence[str]) -> SshStream:
         """Raises RemoteError if no session becomes free within a minute."""
@@ -175,8 +137,9 @@ class SshConnection(FileCommands):
         """Start a command once a session is free. Cancelled at any point, it leaves no session open."""
         mark = quoting.new_mark()
         line = quoting.command_line(argv, mark)
+        patience = iter(REFUSED_PAUSES_S)
         while True:
-            give_back = await self._slots.take(lasting=lasting)
+            slot = await self._slots.take(lasting=lasting)
             opening = asyncio.create_task(
                 self._connection.create_session(
                     lambda: Command(mark, stderr_limit_bytes=stderr_limit_bytes),
@@ -188,24 +151,22 @@ class SshConnection(FileCommands):
             try:
                 channel, command = await asyncio.shield(opening)
             except asyncio.CancelledError:
-                opening.add_done_callback(functools.partial(_abandon, give_back=give_back))
+                opening.add_done_callback(functools.partial(self._abandon, slot=slot))
                 raise
             except asyncssh.ChannelOpenError as error:
-                others = self._slots.open > 1 and self._slots.limit > 1
-                give_back()
+                others = self._slots.refused(slot)
                 if self._called.client.cause is not None or self._connection.is_closed():
                     raise self._lost(argv, error) from error
-                if not others:
+                pause_s = 0.0 if others else next(patience, None)
+                if pause_s is None:
                     raise failures.sessions(self.name, self.host, argv) from error
-                await self._slots.narrow()
+                await asyncio.sleep(pause_s)
             except (OSError, asyncssh.Error) as error:
-                give_back()
+                slot.give_back()
                 raise self._lost(argv, error) from error
             else:
                 assert isinstance(command, Command)
-                command.on_close = give_back
-                if command.closed.is_set():
-                    give_back()
+                _occupy(slot, command)
                 return channel, command
 
     async def _converse(
@@ -240,27 +201,53 @@ class SshConnection(FileCommands):
     def _lost(self, argv: Sequence[str], error: Exception) -> RemoteError:
         return failures.lost(self.name, self.host, str(self._called.client.cause or error), argv)
 
-    def _end(self, command: Command) -> None:
-        """Nobody waits for it any more: end it there, for closing its session alone would let it go on."""
-        gone = command.exit_status is not None or command.signal or command.cause is not None
-        if command.pid is None or command.pid <= 1 or gone or self._closing:
+    def _abandon(self, opening: asyncio.Task[Any], slot: Slot) -> None:
+        """A session that came about after nobody wanted it any more."""
+        if opening.cancelled() or opening.exception() is not None:
+            slot.give_back()
             return
-        task = asyncio.create_task(self._kill(command.pid))
+        channel, command = opening.result()
+        _occupy(slot, command)
+        self._dispose(channel, command)
+
+    def _dispose(self, channel: asyncssh.SSHClientChannel[bytes], command: Command) -> None:
+        """Nobody waits for it any more: end it there, for closing its session alone would let it go on."""
+        if command.over or self._closing:
+            channel.close()
+            return
+        task = asyncio.create_task(self._end(channel, command))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    async def _kill(self, pid: int) -> None:
+    async def _end(self, channel: asyncssh.SSHClientChannel[bytes], command: Command) -> None:
         try:
-            async with asyncio.timeout(15):
-                argv = shell(_END, str(pid))
-                channel, command = await self._open(argv, stderr_limit_bytes=None, lasting=False)
+            async with asyncio.timeout(END_WITHIN_S):
+                # One that has hardly begun has not told its number yet.
+                while command.pid is None and not command.ended:
+                    await command.longer()
+                channel.close()
+                # 0 and 1 would mean everything there is.
+                if command.pid is None or command.pid <= 1 or command.over:
+                    return
+                argv = shell(_END, str(command.pid))
+                ending, killer = await self._open(argv, stderr_limit_bytes=None, lasting=False)
                 try:
-                    await self._converse(argv, channel, command, b"", 64 << 10)
+                    await self._converse(argv, ending, killer, b"", 64 << 10)
                 finally:
-                    channel.close()
+                    ending.close()
         except (RemoteError, TimeoutError):
             # The machine has gone or is stuck; whoever asked has already been told that the command failed.
             return
+        finally:
+            channel.close()
+
+
+def _occupy(slot: Slot, command: Command) -> None:
+    """The slot is taken until the session has closed."""
+    slot.establish()
+    command.on_close = slot.give_back
+    if command.closed.is_set():
+        slot.give_back()
 
 
 async def _feed(channel: asyncssh.SSHClientChannel[bytes], command: Command, data: bytes) -> None:
@@ -274,15 +261,3 @@ async def _feed(channel: asyncssh.SSHClientChannel[bytes], command: Command, dat
     except (OSError, asyncssh.Error):
         # The command ended without reading its input, which is its right; its exit status tells.
         return
-
-
-def _abandon(opening: asyncio.Task[Any], give_back: Callable[[], None]) -> None:
-    """A session that came about after nobody wanted it any more."""
-    if opening.cancelled() or opening.exception() is not None:
-        give_back()
-        return
-    channel, command = opening.result()
-    command.on_close = give_back
-    if command.closed.is_set():
-        give_back()
-    channel.close()

@@ -141,6 +141,11 @@ class Command(asyncssh.SSHClientSession[bytes]):
     def noise_bytes(self) -> int:
         return self._stdout.noise_bytes
 
+    @property
+    def over(self) -> bool:
+        """Whether it is known to have ended, or nothing more can be known."""
+        return self.exit_status is not None or bool(self.signal) or self.cause is not None
+
     def said(self) -> bytes:
         """What came instead of the command's own output."""
         return bytes(self._stdout.noise + self._stderr.noise)
@@ -154,10 +159,11 @@ class Command(asyncssh.SSHClientSession[bytes]):
 
     async def longer(self) -> None:
         """Wait for anything new, however much there is already."""
+        # Resuming delivers what is there at once, which must not be taken for old news.
+        self._news.clear()
         if self._paused and self._chan is not None and not self.closed.is_set():
             self._paused = False
             self._chan.resume_reading()
-        self._news.clear()
         if not self.ended:
             await self._news.wait()
 
