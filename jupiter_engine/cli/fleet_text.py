@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 
-from jupiter_engine.protocol.fleet import GroupPlan, Link, NodeStatus
-from jupiter_engine.units import bytes_text, duration_text
+from jupiter_engine.protocol.fleet import GroupPlan, Link, NodeStatus, Transfer
+from jupiter_engine.units import bytes_text, duration_text, plain_text
 
 _LINES = {"thunderbolt": "═", "ethernet": "─", "wifi": "┄"}
 
@@ -73,3 +74,47 @@ def _link(link: Link) -> str:
     if link.rdma is not None:
         about.append(f"RDMA {link.rdma[0]}, {link.rdma[1]}")
     return f"  {ends[0]} {line} {ends[1]}  ({', '.join(about)})"
+
+
+class Ticker:
+    """What is being sent to each node, on stderr: one line that is written over on a terminal, else a line for each
+    new step and each tenth of a node's transfer."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._now: dict[str, str] = {}
+        self._said: dict[str, tuple[str, int]] = {}
+        self._length = 0
+
+    def __enter__(self) -> Ticker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._length:
+            print(f"\r{' ' * self._length}\r", end="", file=sys.stderr, flush=True)
+
+    def tell(self, name: str, transfer: Transfer) -> None:
+        self._now[name] = transfer_text(transfer)
+        if self._terminal:
+            line = plain_text("   ".join(f"{node}: {text}" for node, text in self._now.items()))[:118]
+            print(f"\r{line.ljust(self._length)}", end="", file=sys.stderr, flush=True)
+            self._length = len(line)
+            return
+        tenth = 10 * transfer.sent_bytes // transfer.total_bytes if transfer.total_bytes else 0
+        if self._said.get(name) != (transfer.step, tenth):
+            self._said[name] = (transfer.step, tenth)
+            print(plain_text(f"{name}: {self._now[name]}"), file=sys.stderr, flush=True)
+
+
+def transfer_text(transfer: Transfer) -> str:
+    """environment: sending 12.0 MiB of 80.0 MiB, 11.2 MiB/s, 6s left."""
+    parts = [
+        f"{transfer.what}: {transfer.step} {bytes_text(transfer.sent_bytes)} of {bytes_text(transfer.total_bytes)}"
+    ]
+    if not transfer.total_bytes:
+        parts = [f"{transfer.what}: {transfer.step}"]
+    if transfer.bytes_per_s:
+        parts.append(f"{bytes_text(transfer.bytes_per_s)}/s")
+    if transfer.eta_s is not None:
+        parts.append(f"{duration_text(transfer.eta_s)} left")
+    return ", ".join(parts)

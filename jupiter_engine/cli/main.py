@@ -160,6 +160,9 @@ def _nodes(nodes: argparse.ArgumentParser, state: argparse.ArgumentParser) -> No
             action="append",
             help="the key with this fingerprint is the right one",
         )
+    push = act("push", "bring the environment of nodes up to date")
+    push.add_argument("name", nargs="*", metavar="NAME", help="default: every other machine")
+    push.add_argument("--mode", choices=("auto", "carried", "index"), default="auto", help="where packages come from")
     for name, text in (
         ("link", "let the leading node of a group call the others by ssh"),
         ("unlink", "take that back, everywhere"),

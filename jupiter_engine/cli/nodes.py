@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from jupiter_engine.api import Workspace
-from jupiter_engine.cli.fleet_text import node_rows, plan_lines
+from jupiter_engine.cli.fleet_text import Ticker, node_rows, plan_lines
 from jupiter_engine.cli.output import open_workspace, print_json, print_table
 from jupiter_engine.cluster.discovery import discover as find_hosts
 from jupiter_engine.cluster.fleet import KNOWN_HOSTS, Fleet
@@ -246,6 +246,33 @@ def _ask(key: OfferedKey, who: str) -> bool:
             return True
 
 
+# -- environments --------------------------------------------------------------------------------------
+async def push(options: argparse.Namespace, workspace: Workspace) -> int:
+    # The other actions need nothing of it.
+    from jupiter_engine.cluster.push import Environment, push_all
+
+    cluster = workspace.cluster().value
+    chosen = [node_by_name(cluster, name) for name in options.name] or [n for n in cluster.nodes if not n.is_local()]
+    if not chosen:
+        _say("this machine is the only node; it uses its own environment")
+    fleet = Fleet(cluster, workspace.root)
+    with Ticker() as ticker:
+        async with fleet.opened():
+            names = [node.title() for node in chosen]
+            answers = await push_all(fleet, cluster, workspace.root, names, ticker.tell, mode=options.mode)
+    failed = {name: answer for name, answer in answers.items() if isinstance(answer, JupiterError)}
+    ready = {name: answer for name, answer in answers.items() if isinstance(answer, Environment)}
+    if options.json:
+        errors = {name: {"error": error.detail, "fix": error.fix} for name, error in failed.items()}
+        print_json({**ready, **errors})
+    else:
+        for name, environment in ready.items():
+            print(plain_text(f"ok {name}: {environment.python}"))
+        for name, error in failed.items():
+            print(plain_text(f"!! {name}: {error.sentence()}"))
+    return next((error.exit_code for error in failed.values()), ExitCode.DONE)
+
+
 # -- groups --------------------------------------------------------------------------------------------
 async def link(options: argparse.Namespace, workspace: Workspace) -> int:
     cluster = workspace.cluster().value
@@ -341,6 +368,7 @@ ACTIONS: Final[dict[str, Any]] = {
     "discover": discover,
     "remove": remove,
     "trust": trust,
+    "push": push,
     "link": link,
     "unlink": unlink,
     "topology": topology,

@@ -256,6 +256,19 @@ def test_hosts_that_ssh_knows_are_offered(place: Place, with_box: Sshd) -> None:
     assert found["b"]["node"] == "box"
 
 
+def test_an_environment_of_its_own_is_used_as_it_is(place: Place) -> None:
+    server = place.machine("box")
+    added = place.add(server, "box", "--environment", "own", "--fingerprint", fingerprint(server))
+    assert added[0] == ExitCode.DONE, added[2]
+    status, out, err = place.run("push")
+    assert (status, out) == (0, f"ok box: {sys.executable}\n"), err
+    assert place.json("push", "this machine", "box")["box"]["python"] == sys.executable
+    server.stop()
+    status, out, _ = place.run("push")
+    assert status == ExitCode.STAGE_FAILED
+    assert out.startswith("!! box: A machine cannot be used: ")
+
+
 def test_links_are_made_shown_and_taken_back(place: Place, with_box: Sshd) -> None:
     other = place.machine("other")
     assert place.add(other, "other", "--fingerprint", fingerprint(other))[0] == ExitCode.DONE

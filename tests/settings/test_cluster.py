@@ -27,6 +27,7 @@ from jupiter_engine.settings.cluster import (
 )
 from jupiter_engine.settings.reader import Loaded, leaves
 
+LOST_S = ClusterSettings().retries.node_lost_after_s
 BASE = "nodes: [{host: mac-1.local}]\n"
 GROUP = "nodes: [{host: mac-1.local, device_type: mac}, {host: mac-2.local}]\n"
 TWO = GROUP + "groups: [{name: a, nodes: [mac-1.local]}, {name: b, nodes: [mac-2.local]}]\n"
@@ -164,7 +165,7 @@ MACS += "{host: e, role: generator}, {host: f, device_type: cpu}"
         ("nodes: [{host: a, workdir: jupiter}]", "begins with / or ~/"),
         ("nodes: [{host: a, workdir: ~/}]", "begins with / or ~/"),
         ("nodes: [{host: a, environment: own}]", "name it with `python: /path/to/python`"),
-        ("connection: {keepalive_s: 60}", "noticed after 180 s, later than retries.node_lost_after_s (120 s)"),
+        ("connection: {keepalive_s: 60}", f"noticed after 180 s, later than retries.node_lost_after_s ({LOST_S:g} s)"),
         ("connection: {reconnect_max_s: 0.1}", "less than the first pause"),
         ("connection: {keepalive: 2}", "did you mean `keepalive_s`"),
     ],
