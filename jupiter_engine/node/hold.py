@@ -24,6 +24,9 @@ from .files import complain, write_json
 from .keep_folder import KeepFolder, Order
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+MARK = "JUPITER_KEPT_"
+"""Begins the name of a variable that only this process and what it starts carry: by it they are found even when
+everything that led to them was killed."""
 ALREADY = 75
 """Exit status of a `hold` that finds its process started (EX_TEMPFAIL of sysexits.h)."""
 _PR_SET_CHILD_SUBREAPER = 36
@@ -68,6 +71,7 @@ class Held:
         self._name = name
         self._process = order.processes[name]
         self._round = order.round
+        self._mark = f"{MARK}{os.urandom(12).hex()}"
         self._child: dict[str, Any] = {}
         self._cancelled = False
 
@@ -86,7 +90,8 @@ class Held:
         os.close(gate_read)
         os.close(said_write)
         child = identity.of(pid)
-        record = {"name": self._name, "round": self._round, **child, "session": pid, "hold": identity.of(os.getpid())}
+        record = {"name": self._name, "round": self._round, **child, "session": pid, "variable": self._mark}
+        record["hold"] = identity.of(os.getpid())
         self._insist(lambda: write_json(self._folder.pid_file(self._name), record))
         self._child = child
         if not self._cancelled:
@@ -129,7 +134,7 @@ class Held:
             os.dup2(log, 2)
             os.close(log)
             os.chdir(self._process["cwd"])
-            argv, env = self._process["argv"], {**os.environ, **self._process.get("env", {})}
+            argv, env = self._process["argv"], {**os.environ, **self._process.get("env", {}), self._mark: "1"}
             os.execvpe(argv[0], argv, env)  # noqa: S606 - there is no shell to quote for
         except BaseException as error:  # noqa: BLE001 - this copy of us must end here, whatever happened
             with contextlib.suppress(OSError):

@@ -115,6 +115,25 @@ def rows() -> dict[int, Row]:
     return {entry.pid: entry for entry in _ps_rows("-ax")}
 
 
+def carrying(variable: str) -> list[Row]:
+    """Living processes of this user that have an environment variable of this name, wherever they have gone."""
+    wanted = variable.encode("ascii") + b"="
+    if LINUX:
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                if folder.name.isdigit() and wanted in (folder / "environ").read_bytes():
+                    found.append(_linux_row(int(folder.name)))
+            except OSError:
+                # Ended, or of another user.
+                continue
+    else:
+        argv = ["/bin/ps", "-axwwE", "-o", "pid=,command="]
+        answer = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+        found = [row(int(line.split(None, 1)[0])) for line in answer.stdout.splitlines() if b" " + wanted in line]
+    return [entry for entry in found if entry is not None and entry.state not in DEAD and entry.pid != os.getpid()]
+
+
 def of(pid: int) -> dict[str, Any]:
     """Identity of a process that is there. ProcessLookupError if it is not."""
     found = row(pid)

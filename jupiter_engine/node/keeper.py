@@ -62,6 +62,8 @@ class Kept:
     def __init__(self, name: str) -> None:
         self.name = name
         self.report: dict[str, Any] = {"state": "waiting"}
+        self.record: dict[str, Any] = {}
+        """NAME.pid.json of the present process."""
         self.known: list[dict[str, Any]] = []
         """Descendants seen while their parents lived."""
         self.ending: Ending | None = None
@@ -235,6 +237,8 @@ class Keeper:
         report = kept.report = self.folder.report(kept.name, self.order)
         state = report["state"]
         if state != "waiting":
+            if kept.record.get("mark") != report["mark"]:
+                kept.record = read_json(self.folder.pid_file(kept.name)) or {}
             self._say_news(kept)
         if state == "running":
             kept.swept = False
@@ -255,12 +259,9 @@ class Keeper:
             ends = {key: report[key] for key in ("exit_status", "signal", "ended_at", "error") if key in report}
             self.log.add(report["state"], **facts, **ends)
 
-    def _hold_of(self, kept: Kept) -> dict[str, Any]:
-        return (read_json(self.folder.pid_file(kept.name)) or {}).get("hold") or {}
-
     def _wake_hold(self, kept: Kept) -> None:
         """A process has ended, and a `hold` that somebody stopped cannot say how before it runs again."""
-        found = identity.living(self._hold_of(kept))
+        found = identity.living(kept.record.get("hold") or {})
         if found is not None and found.state in "Tt":
             identity.send(found.identity(), signal.SIGCONT)
 
@@ -301,7 +302,7 @@ class Keeper:
 
     def _members(self, kept: Kept, table: dict[int, identity.Row]) -> list[identity.Row]:
         known = [*kept.known, *(kept.report.get("remaining") or [])]
-        return members(table, kept.report, known, self._hold_of(kept))
+        return members(table, kept.report, known, kept.record.get("hold") or {})
 
     # -- endings ---------------------------------------------------------------------------------
     def end(self, cause: str, names: list[str], grace_s: float) -> None:
@@ -335,7 +336,11 @@ class Keeper:
                 kept.ending = None
         elif kept.ending.step(self._members(kept, identity.rows())) and (state != "running" or kept.ending.stuck):
             # While it counts as running although nothing lives, its `hold` is about to say how it ended.
-            self._ended(kept, kept.ending)
+            hidden = identity.carrying(kept.record["variable"]) if kept.record.get("variable") else []
+            if hidden and not kept.ending.stuck:
+                kept.known = [row.identity() for row in hidden]
+            else:
+                self._ended(kept, kept.ending)
 
     def _ended(self, kept: Kept, ending: Ending) -> None:
         kept.ending = None

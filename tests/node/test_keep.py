@@ -138,7 +138,8 @@ def test_after_a_restart_of_the_machine_its_processes_are_lost(node: Node) -> No
     kill(node.state()["runner"]["pid"])
     record = node.record("worker.pid.json")
     for path in node.keep_folder.glob("*.json"):
-        path.write_text(path.read_text().replace(record["boot_id"], "before"))
+        # Neither boot nor mark of any process that lives now.
+        path.write_text(path.read_text().replace(record["boot_id"], "before").replace(record["variable"], "X_BEFORE"))
     assert node.state()["processes"]["worker"]["state"] == "lost"
     node.keep()
     until(lambda: ended(node))
@@ -197,6 +198,23 @@ def test_descendants_are_found_although_hold_and_process_were_killed(node: Node)
     until(lambda: ended(node))
     assert node.marked() == []
     assert node.state()["processes"]["worker"]["state"] == "lost"
+
+
+def test_a_descendant_that_nobody_ever_saw_is_found_by_its_mark(node: Node) -> None:
+    """Its parents, `hold` and runner were all shot before a runner had looked: nothing leads to it."""
+    node.order(node.process("worker", "while ! [ -e go ]; do sleep 0.02; done; setsid sleep 62 & sleep 63"))
+    node.keep()
+    until(lambda: node.named("started"))
+    victims = [node.state()["runner"]["pid"], node.record("worker.pid.json")["hold"]["pid"]]
+    kill(victims[0])
+    (node.folder / "go").touch()
+    until(lambda: len([pid for pid in node.marked() if os.getsid(pid) == pid]) == 2)
+    kill(victims[1])
+    kill(node.state()["processes"]["worker"]["pid"])
+    assert len(node.marked()) >= 1
+    node.keep()
+    until(lambda: ended(node))
+    assert node.marked() == []
 
 
 def test_the_same_command_twice_is_done_once_and_answered_alike(node: Node) -> None:

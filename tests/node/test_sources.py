@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import jupiter_engine.node
+from jupiter_engine.cluster import runner_file
 from jupiter_engine.cluster.runner import PYTHON_FLAGS
 from jupiter_engine.cluster.runner_file import PACKAGE, RunnerFile
 from jupiter_engine.node import program
@@ -37,7 +38,7 @@ def test_sources_are_python_3_9_and_import_only_the_standard_library(path: Path)
 
 
 def test_the_same_sources_give_the_same_bytes(tmp_path: Path) -> None:
-    packed = RunnerFile.packed()
+    packed = runner_file._packed.__wrapped__()
     script = "from jupiter_engine.cluster.runner_file import RunnerFile; print(RunnerFile.packed().sha)"
     again = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
     assert again.stdout.strip() == packed.sha
