@@ -57,7 +57,7 @@ class Mirror:
         if header is None or header.get("f") == "beat":
             return header
         path = header.get("path")
-        if path not in self._targets:
+        if not isinstance(path, str) or path not in self._targets:
             raise NodeError("protocol", f"a file that nobody asked for: {str(path)[:200]!r}")
         inode = _count(header, "inode")
         if header["f"] == "reset":
