@@ -34,6 +34,7 @@ VERBS = {
     "tree-send": "trees:send",
     "environment-state": "environment:state",
     "environment-build": "environment:build",
+    "environment-download": "environment:download",
     "environment-prune": "environment:prune",
     "group": "group:main",
     "rank-prepare": "ranks:prepare",
