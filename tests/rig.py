@@ -216,7 +216,7 @@ class RigHost:
             f"ListenAddress {self.address}",
             f"HostKey {etc}/host_key",
             "PidFile none",
-            f"AuthorizedKeysFile {self._rig.folder}/ssh/authorized_keys",
+            f"AuthorizedKeysFile {self._rig.folder}/ssh/authorized_keys .ssh/authorized_keys",
             "PasswordAuthentication no",
             "StrictModes no",
             "UsePAM no",

@@ -269,7 +269,9 @@ class RemoteStage(LocalRemote):
         """True once the worker has ended and everything it wrote is here."""
         run = site.path(f"runs/{self._folder.name}")
         if site.local:
-            return await self._watch_here(site.runner, f"{run}/{KEEP}")
+            await self._watch_here(site.runner, f"{run}/{KEEP}")
+            await self._maker.fetch(site, self._at)
+            return True
         keep = f"{run}/{KEEP}"
         mirror = Mirror(self._folder, MIRRORED, before_events=self._before_event(site), host=self.name)
         following = site.runner.follow(run, MIRRORED, have=mirror.have(), keep=keep, beat_s=_BEAT_S)
@@ -299,13 +301,12 @@ class RemoteStage(LocalRemote):
             state = await runner.keep(keep)
         return state.round == self.placed().round and not state.at_work()
 
-    async def _watch_here(self, runner: NodeRunner, keep: str) -> bool:
+    async def _watch_here(self, runner: NodeRunner, keep: str) -> None:
         while not await self._ended(runner, keep, await runner.state(keep)):
             if self._halt:
                 await LocalRemote.write(self, self._folder / "inbox" / "halt", b"")
                 self._halt = False
             await asyncio.sleep(_BEAT_S)
-        return True
 
     def _before_event(self, site: Site) -> Callable[[bytes], Awaitable[None]]:
         async def before(line: bytes) -> None:

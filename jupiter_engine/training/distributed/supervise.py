@@ -46,6 +46,8 @@ _PAUSES_S = (1.0, 5.0, 15.0, 60.0)
 """Before a launch that follows a futile one (the first: before one that follows a death after progress)."""
 _HOUR_S = 3600.0
 _COPIES_KEPT = 2
+_VERDICT_S = 6.0
+"""For the launcher to end its launch after a rank's death, and to say whose it was."""
 _MISSED_S = 2.0
 """Between two looks for a machine that does not answer."""
 _TAIL_BYTES = 4000
@@ -98,6 +100,7 @@ class _Launch:
     halted: bool = False
     failed: reports.Failed | None = None
     crashed: str = ""
+    crashed_at: float = 0.0
 
     def over(self) -> bool:
         return self.result is not None or self.halted or self.failed is not None or bool(self.crashed)
@@ -225,8 +228,9 @@ class Supervisor:
                 return ""
             if launch.failed is not None:
                 return launch.failed.detail
-            if launch.crashed:
-                return launch.crashed
+            if launch.crashed and not self._verdict_due(launch, ended=ended is not None):
+                # A rank that lost its peer says so before anybody knows which peer died, and of what.
+                return f"{launch.end} ({launch.crashed})" if launch.end else launch.crashed
             if ended is not None:
                 return launch.end or f"the launcher ended with status {ended} before the training was complete"
             dead = [rank for rank, identity in launch.ranks.items() if not identity.alive()]
@@ -243,6 +247,14 @@ class Supervisor:
             if silence > self._allowed(launch):
                 return f"no rank reported anything for {silence:.0f} s after step {launch.last_step}"
             time.sleep(_POLL_S)
+
+    @staticmethod
+    def _verdict_due(launch: _Launch, *, ended: bool) -> bool:
+        """Whether the launcher of several machines may still say who died first."""
+        if launch.events is None or ended:
+            return False
+        launch.crashed_at = launch.crashed_at or time.monotonic()
+        return time.monotonic() - launch.crashed_at < _VERDICT_S
 
     def _copy_checkpoints(self, launch: _Launch) -> None:
         """Keep a second copy on the first of the other hosts that take part."""

@@ -1,0 +1,345 @@
+"""Makes machines ready for a stage: environment, inputs, order; for a group also how its ranks find each other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from jupiter_engine.cluster.contents import HashCache
+from jupiter_engine.cluster.fleet import Fleet
+from jupiter_engine.cluster.hostfile import node_addresses, node_interfaces, node_rdma
+from jupiter_engine.cluster.link import KEY_FILE, LinkFiles, link
+from jupiter_engine.cluster.placement import Placement
+from jupiter_engine.cluster.push import push_environment
+from jupiter_engine.cluster.runner import Hello, NodeRunner
+from jupiter_engine.cluster.shipping import Shipment, ship
+from jupiter_engine.cluster.site import Ready, Site, workspace_id
+from jupiter_engine.cluster.stage import KEEP, RemoteStage
+from jupiter_engine.cluster.transfer import fetch_tree, send_tree
+from jupiter_engine.errors import NodeUnreachable, NoUsableNode, RemoteError
+from jupiter_engine.protocol.facts import Progress
+from jupiter_engine.protocol.fleet import GroupPlan, Transfer
+from jupiter_engine.protocol.orders import decoder as order_decoder
+from jupiter_engine.protocol.specs import HostSpec, LaunchSpec, Twin
+from jupiter_engine.remote.failures import lasting
+from jupiter_engine.settings.cluster import ClusterSettings, GroupSpec, NodeSpec, load_cluster, node_by_name
+
+Say = Callable[[str], None]
+At = Callable[[Progress], None]
+OUTPUT_LIMIT_BYTES = 64 << 30
+"""More than the weights of any model that these machines train; a node is not to fill our disk."""
+
+
+class FleetStages:
+    """The engine's way to other machines; one fleet of open lines serves all its stages."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.home = root / ".jupiter"
+        self.hashes = HashCache(self.home / "hashes.db")
+        self._fleet: Fleet | None = None
+        self._opened_with: ClusterSettings | None = None
+
+    def stage(self, cluster: ClusterSettings, placement: Placement, folder: Path) -> RemoteStage:
+        return RemoteStage(folder, self.home, placement.names(), _Preparation(self, cluster, placement, folder))
+
+    def silent(self) -> frozenset[str]:
+        if self._fleet is None:
+            return frozenset()
+        nodes = self._fleet.picture().nodes
+        return frozenset(node.name for node in nodes if not node.local and node.state in ("lost", "refused"))
+
+    async def fleet(self) -> Fleet:
+        """The open fleet of the cluster file as it is now."""
+        cluster = load_cluster(self.root / "config" / "cluster.yaml").value
+        if self._fleet is not None and cluster != self._opened_with:
+            await self.close()
+        if self._fleet is None:
+            self._fleet, self._opened_with = Fleet(cluster, self.root), cluster
+            await self._fleet.open()
+        return self._fleet
+
+    async def runner(self, name: str) -> tuple[NodeRunner, Hello]:
+        """The node runner of a machine, in place and up to date."""
+        runner = await (await self.fleet()).runner(name)
+        return runner, await runner.ensure()
+
+    def workspace_on(self, runner: NodeRunner, *, local: bool) -> str:
+        if local:
+            return str(self.home)
+        return str(PurePosixPath(runner.workdir) / "workspaces" / workspace_id(self.home))
+
+    async def leader_gone(self, others: Sequence[str], run: str) -> bool:
+        heard: list[bool] = []
+        for name in others:
+            try:
+                runner, _ = await self.runner(name)
+                folder = PurePosixPath(self.workspace_on(runner, local=self._is_local(name))) / "runs" / run / "ranks"
+                # The leading machine touches these files every few seconds as long as it leads.
+                argv = ("find", str(folder), "-path", "*/node/lease", "-mmin", "-1")
+                done = await runner.connection.run(argv)
+            except RemoteError:
+                continue
+            heard.append(bool(done.stdout.strip()))
+        return bool(heard) and not any(heard)
+
+    def _is_local(self, name: str) -> bool:
+        assert self._opened_with is not None
+        return node_by_name(self._opened_with, name).is_local()
+
+    async def stop_abandoned(self, node: str, workspace: str, run: str) -> bool:
+        try:
+            runner, _ = await self.runner(node)
+            keep = str(PurePosixPath(workspace) / "runs" / run / KEEP)
+            await runner.tell(keep, {"id": "abandoned", "do": "stop"})
+        except RemoteError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        fleet, self._fleet = self._fleet, None
+        if fleet is not None:
+            await fleet.close()
+
+
+class _Preparation:
+    """The Maker of one stage."""
+
+    def __init__(self, stages: FleetStages, cluster: ClusterSettings, placement: Placement, folder: Path) -> None:
+        self._stages, self._cluster, self._placement, self._folder = stages, cluster, placement, folder
+        self._outputs: tuple[tuple[str, Path], ...] | None = None
+
+    # -- Maker -----------------------------------------------------------------------------------
+    async def prepare(self, say: Say, at: At) -> Ready:
+        nodes = await self._answering(say)
+        meter = _Meter(at)
+        sites = await asyncio.gather(*(self._site(node, meter) for node in nodes))
+        twin = await self._twin(sites, nodes)
+        launch, sites = await self._launch(sites, twin, say)
+        shipment = self._shipment(twin, launch)
+        self._outputs = shipment.outputs
+        await asyncio.gather(*(self._send(site, shipment, meter) for site in sites))
+        await self._hand_over(sites[0])
+        return Ready(sites=tuple(sites), group=self._placement.group is not None)
+
+    async def leader(self, name: str) -> Site:
+        node = node_by_name(self._cluster, name)
+        runner, _ = await self._stages.runner(node.title())
+        local = node.is_local()
+        workspace = self._stages.workspace_on(runner, local=local)
+        return Site(name=node.title(), local=local, runner=runner, workspace=workspace)
+
+    async def fetch(self, site: Site, at: At) -> None:
+        if site.local:
+            await self._clear_copies(site)
+            return
+        if self._outputs is None:
+            self._outputs = self._shipment("torch", LaunchSpec(twin="torch")).outputs
+        meter = _Meter(at)
+        for there, here in self._outputs:
+            await fetch_tree(
+                site.runner,
+                site.path(there),
+                here,
+                self._stages.hashes,
+                meter.of(site.name),
+                limit_bytes=OUTPUT_LIMIT_BYTES,
+            )
+        await self._clear_copies(site)
+
+    async def _clear_copies(self, leader: Site) -> None:
+        """Copies of checkpoints on the group's other machines are of no use once the model is home."""
+        for node in self._placement.nodes:
+            if node.title() == leader.name:
+                continue
+            # A machine that does not answer now keeps its copy until it is cleaned by hand; it costs only room.
+            with contextlib.suppress(RemoteError):
+                runner, _ = await self._stages.runner(node.title())
+                run = self._stages.workspace_on(runner, local=node.is_local()) + f"/runs/{self._folder.name}"
+                await runner.connection.run(["rm", "-rf", f"{run}/checkpoints"])
+
+    # -- machines --------------------------------------------------------------------------------
+    async def _answering(self, say: Say) -> list[NodeSpec]:
+        """The machines that can be called now; a group goes without members that do not answer."""
+        nodes = self._placement.nodes
+        found = await asyncio.gather(*(self._stages.runner(node.title()) for node in nodes), return_exceptions=True)
+        usable: list[NodeSpec] = []
+        for node, answer in zip(nodes, found, strict=True):
+            if not isinstance(answer, BaseException):
+                usable.append(node)
+            elif not isinstance(answer, NodeUnreachable) or lasting(answer) or node is nodes[0]:
+                raise answer
+            else:
+                say(f"{node.title()} is left out of the group: {answer.detail}")
+        return usable
+
+    async def _site(self, node: NodeSpec, meter: _Meter) -> Site:
+        runner, _ = await self._stages.runner(node.title())
+        local = node.is_local()
+        environment = await push_environment(
+            runner, node, root=self._stages.root, hashes=self._stages.hashes, on_transfer=meter.of(node.title())
+        )
+        return Site(
+            name=node.title(),
+            local=local,
+            runner=runner,
+            workspace=self._stages.workspace_on(runner, local=local),
+            python=environment.python,
+            env=environment.env,
+        )
+
+    async def _twin(self, sites: Sequence[Site], nodes: Sequence[NodeSpec]) -> Twin:
+        twins: dict[str, Twin] = {}
+        for site, node in zip(sites, nodes, strict=True):
+            twins[site.name] = await self._twin_of(site, node)
+        if len(set(twins.values())) > 1:
+            named = ", ".join(f"{name} {twin}" for name, twin in twins.items())
+            raise NoUsableNode(
+                f"one group cannot mix frameworks ({named})", fix="make a group of each kind in config/cluster.yaml"
+            )
+        return next(iter(twins.values()))
+
+    async def _twin_of(self, site: Site, node: NodeSpec) -> Twin:
+        if self._cluster.launch.twin != "auto":
+            return self._cluster.launch.twin
+        if node.device_type is not None:
+            return "mlx" if node.device_type == "mac" else "torch"
+        hello = await site.runner.hello()
+        return "mlx" if (hello.system, hello.machine) == ("Darwin", "arm64") else "torch"
+
+    # -- launch ----------------------------------------------------------------------------------
+    async def _launch(self, sites: Sequence[Site], twin: Twin, say: Say) -> tuple[LaunchSpec, list[Site]]:
+        """How training starts on these machines, and the machines in rank order."""
+        launch, group = self._cluster.launch, self._placement.group
+        alone = LaunchSpec(
+            twin=twin,
+            ranks=launch.ranks if group is None else group.ranks_per_node,
+            threads_per_rank=launch.threads_per_rank,
+            restarts_per_hour=self._cluster.retries.group_restarts_per_hour,
+            host_lost_after_s=self._cluster.retries.node_lost_after_s,
+        )
+        if group is None or (len(sites) == 1 and group.launcher != "direct"):
+            several = "torchrun" if twin == "torch" else "mlx.launch"
+            launcher = "in_process" if alone.ranks == 1 else several
+            return msgspec.structs.replace(alone, launcher=launcher), list(sites)
+        present = msgspec.structs.replace(group, nodes=tuple(site.name for site in sites))
+        plan = await (await self._stages.fleet()).plan(present)
+        if plan.problems:
+            raise NoUsableNode(
+                f"the group {group.name} cannot be launched: {' '.join(plan.problems)}",
+                fix="`jupiter nodes topology` and `jupiter doctor` show what is missing",
+            )
+        say(f"group {group.name}: {plan.reason}")
+        by_name = {site.name: site for site in sites}
+        ordered = [by_name[name] for name in plan.nodes]
+        links = await self._links(present, plan, ordered)
+        hosts = tuple(self._host(site, plan, links, group) for site in ordered)
+        whole = msgspec.structs.replace(
+            alone,
+            ranks=sum(host.ranks for host in hosts),
+            launcher="direct" if group.launcher == "direct" else ("torchrun" if twin == "torch" else "mlx.launch"),
+            backend=plan.backend,
+            hosts=hosts,
+            ssh_config=links.ssh_config,
+        )
+        return whole, ordered
+
+    async def _links(self, group: GroupSpec, plan: GroupPlan, sites: Sequence[Site]) -> LinkFiles:
+        if len(sites) == 1:
+            return LinkFiles(ssh_config="", aliases={})
+        if not (self._stages.root / KEY_FILE).exists():
+            raise NoUsableNode(
+                f"{plan.nodes[0]}, which leads the group {group.name}, has no leave to call the other machines by ssh",
+                fix=f"`jupiter nodes link --group {group.name}` gives it a key of this workspace for that",
+            )
+        fleet = await self._stages.fleet()
+        connections = {site.name: site.connection for site in sites}
+        ordered = msgspec.structs.replace(group, nodes=plan.nodes)
+        return await link(self._cluster, ordered, connections, root=self._stages.root, known_hosts=fleet.known_hosts)
+
+    def _host(self, site: Site, plan: GroupPlan, links: LinkFiles, group: GroupSpec) -> HostSpec:
+        env = dict(site.env)
+        interface = node_interfaces(plan).get(site.name)
+        if interface and plan.twin == "torch":
+            # Without it gloo and NCCL may take a VPN's or Docker's interface.
+            env |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        return HostSpec(
+            name=site.name,
+            ssh=links.aliases.get(site.name, ""),
+            ranks=group.ranks_per_node,
+            runner=(site.runner.python, site.runner.file),
+            python=site.python,
+            run_folder=site.path(f"runs/{self._folder.name}"),
+            addresses=node_addresses(plan).get(site.name) or ("127.0.0.1",),
+            rdma=node_rdma(plan).get(site.name, ()),
+            env=env,
+        )
+
+    # -- files -----------------------------------------------------------------------------------
+    def _shipment(self, twin: Twin, launch: LaunchSpec) -> Shipment:
+        order = order_decoder.decode((self._folder / "order.json").read_bytes())
+        return ship(order, home=self._stages.home, run_folder=self._folder, twin=twin, launch=launch)
+
+    async def _hand_over(self, site: Site) -> None:
+        """What an earlier machine of this stage had told and made before it was given up: the worker here goes on
+        from there, and no fact is told twice. Nothing where the stage was begun on this machine before."""
+        if site.local or (self._folder / "placement.json").exists():
+            return
+        known = [self._folder / "events.jsonl", *sorted(self._folder.glob("results/*.jsonl"))]
+        for path in known:
+            if path.exists():
+                there = site.path(f"runs/{self._folder.name}/{path.relative_to(self._folder).as_posix()}")
+                await site.connection.write(there, path.read_bytes())
+
+    async def _send(self, site: Site, shipment: Shipment, meter: _Meter) -> None:
+        run = site.path(f"runs/{self._folder.name}")
+        spec = msgspec.json.encode(shipment.order)
+        if not site.local:
+            files: dict[str, dict[str, Path]] = {}
+            for here, there in shipment.inputs:
+                if here.is_dir():
+                    await send_tree(site.runner, here, site.path(there), self._stages.hashes, meter.of(site.name))
+                else:
+                    folder, _, name = there.rpartition("/")
+                    files.setdefault(folder, {})[name] = here
+            for folder, named in files.items():
+                await send_tree(site.runner, named, site.path(folder), self._stages.hashes, meter.of(site.name))
+        await site.connection.write(f"{run}/spec.json", spec)
+
+
+class _Meter:
+    """Transfers to several machines at once as one progress."""
+
+    def __init__(self, at: At) -> None:
+        self._at = at
+        self._transfers: dict[str, Transfer] = {}
+
+    def of(self, name: str) -> Callable[[Transfer], None]:
+        def take(transfer: Transfer) -> None:
+            self._transfers[name] = transfer
+            self._report()
+
+        return take
+
+    def _report(self) -> None:
+        found = list(self._transfers.values())
+        rates = [one.bytes_per_s for one in found if one.bytes_per_s is not None]
+        etas = [one.eta_s for one in found if one.eta_s is not None]
+        busy = [f"{name}: {one.what} {one.step}" for name, one in self._transfers.items() if one.step]
+        self._at(
+            Progress(
+                seq=0,
+                at=time.time(),
+                done=sum(one.sent_bytes for one in found),
+                total=sum(one.total_bytes for one in found),
+                unit="bytes",
+                rate_per_s=sum(rates) if rates else None,
+                eta_s=max(etas) if etas else None,
+                note=", ".join(busy),
+            )
+        )

@@ -1,0 +1,96 @@
+"""Training on three hosts while everything that can die dies: it goes on, says who was the matter, loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.cluster import LOST_AFTER_S, TRAIN, Cluster
+from tests.rig import Rig, why_no_rig
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(why_no_rig() is not None, reason=why_no_rig() or ""),
+]
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with Rig(3, disk_bytes=512 << 20) as rig:
+        yield rig
+
+
+def test_a_training_outlives_engine_rank_runner_launcher_and_host(rig: Rig, tmp_path: Path) -> None:
+    cluster = Cluster(rig, tmp_path / "workspace", launcher="direct", twin="torch", steps=280)
+    leader, second, third = rig.hosts
+    cluster.jupiter("nodes", "link", "--group", "all")
+    cluster.start()
+    cluster.wait(lambda: cluster.step_here() >= 5, "the first steps", 180.0)
+
+    # The laptop is closed: the engine is killed, the ranks go on; the next engine finds everything.
+    cluster.kill_engine()
+    cluster.wait_for_steps(10, host=leader)
+    meanwhile = cluster.step_there(leader)
+    cluster.start()
+    cluster.wait(lambda: cluster.step_here() >= meanwhile, "what happened meanwhile")
+    cluster.wait_for_notice("re-attached to the train worker")
+    assert cluster.generation(leader) == 1
+
+    # A rank is killed: the group starts again from its last checkpoint, and the journal names the rank.
+    os.kill(cluster.rank_pid(third), signal.SIGKILL)
+    cluster.wait_for_notice("rank 2 on node3", "KILL")
+    assert cluster.wait_for_steps(3) < 120
+    assert cluster.generation(leader) == 2
+
+    # A rank is stopped: the stall is named with the rank that the others wait for; then it goes on.
+    rank = cluster.rank_pid(second)
+    os.kill(rank, signal.SIGSTOP)
+    named = cluster.wait_for_notice("STALLED", "rank 1 on node2: its process is stopped")
+    os.kill(rank, signal.SIGCONT)
+    assert named < 10 + 10
+    cluster.wait_for_notice("the ranks go on")
+    assert cluster.generation(leader) == 2
+
+    # A node runner is killed: nobody notices, the ranks go on.
+    os.kill(cluster.pid_of(leader, ("keep-run", f"{TRAIN}/node")), signal.SIGKILL)
+    cluster.wait_for_steps(5)
+
+    # The launcher is killed: its ranks end, the group starts again.
+    os.kill(cluster.pid_of(leader, ("group",)), signal.SIGKILL)
+    cluster.wait(lambda: cluster.generation(leader) == 3, "the third launch")
+    cluster.wait_for_steps(3)
+
+    # A host loses its power: after its time it is left out, and the others go on without it.
+    third.power_off()
+    off_at = time.monotonic()
+    cluster.wait_for_notice("node3", "the group goes on without it", timeout_s=120.0)
+    cluster.wait_for_steps(3)
+    assert time.monotonic() - off_at < LOST_AFTER_S + 100
+
+    cluster.finish()
+    cluster.check_whole()
+
+
+def test_the_next_host_leads_when_the_leading_one_is_gone(rig: Rig, tmp_path: Path) -> None:
+    cluster = Cluster(rig, tmp_path / "workspace", launcher="direct", twin="torch", steps=200)
+    leader, second, _ = rig.hosts
+    cluster.jupiter("nodes", "link", "--group", "all")
+    cluster.start()
+    copies = cluster.run_on
+    cluster.wait(lambda: list(copies(second).glob("checkpoints/step-*")), "a copied checkpoint", 180.0)
+    before = cluster.step_here()
+    leader.power_off()
+    cluster.wait_for_notice("node1 has not answered", "node2 takes over", timeout_s=180.0)
+    cluster.wait(lambda: cluster.step_here() > before, "steps under the new leader", 180.0)
+    leader.boot()
+    cluster.finish()
+    cluster.check_whole()
+    started = [text for text in cluster.notices() if "works on" in text]
+    assert started[0].endswith("works on node1, node2, node3")
+    assert started[1].endswith("works on node2, node3")
