@@ -23,6 +23,7 @@ from jupiter_engine.files import write_atomic
 if TYPE_CHECKING:
     import asyncssh
 
+SSH_CONFIG: Final = Path("~/.ssh/config")
 USER_FILES: Final = (Path("~/.ssh/known_hosts"), Path("~/.ssh/known_hosts2"))
 SYSTEM_FILES: Final = (Path("/etc/ssh/ssh_known_hosts"), Path("/etc/ssh/ssh_known_hosts2"))
 SSH_PORT: Final = 22

@@ -12,11 +12,11 @@ from typing import Final, Protocol
 from jupiter_engine.errors import JupiterError, RemoteError
 from jupiter_engine.protocol.fleet import NodeState
 from jupiter_engine.remote import failures
+from jupiter_engine.remote.host_keys import SSH_CONFIG as SSH_CONFIG
 from jupiter_engine.remote.host_keys import KnownHosts
 from jupiter_engine.remote.port import Connection
 from jupiter_engine.settings.cluster import ConnectionSettings, NodeSpec
 
-SSH_CONFIG: Final = Path("~/.ssh/config")
 FIRST_PAUSE_S: Final = 0.5
 # What calling again does not mend is still tried now and then: people mend things elsewhere and tell nobody.
 REFUSED_PAUSE_S: Final = 60.0
