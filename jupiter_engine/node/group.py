@@ -296,7 +296,7 @@ class Group:
             if self._refused[name] >= _REFUSALS and not self._ending:
                 self._lose(name, f"{name}: {facts['detail']}")
         elif kind == "failed":
-            raise Failed(f"{name}: {facts['detail']}")
+            raise Failed(str(facts["detail"]))
 
     def _take_event(self, name: str, facts: dict[str, Any]) -> None:
         event, rank = facts.get("event"), facts.get("rank")

@@ -39,10 +39,11 @@ News = tuple[str, str, dict[str, Any]]
 def _problem_in(state: dict[str, Any]) -> str:
     """Why a host can no longer be relied upon; empty if it can."""
     agent = (state.get("processes") or {}).get(AGENT) or {}
+    if agent.get("state") in ("exited", "lost"):
+        # In this order: without anything to keep the node runner goes, too.
+        return "what watches its ranks has gone"
     if not (state.get("runner") or {}).get("alive"):
         return "its node runner has gone"
-    if agent.get("state") in ("exited", "lost"):
-        return "what watches its ranks has gone"
     # Nothing can be written down any more, not even a death.
     return _FULL if state.get("disk_full") else ""
 
@@ -117,8 +118,11 @@ class Link:
     def _guarded(self) -> None:
         try:
             self._run()
+        except OSError as error:
+            # What is written is written on the leading host, whoever sent it.
+            self._say("failed", {"detail": f"{self._spec.hosts[0].name}: {error}"})
         except Exception as error:  # noqa: BLE001 - a thread that dies unheard would leave the group waiting for ever
-            self._say("failed", {"detail": f"{type(error).__name__}: {error}"})
+            self._say("failed", {"detail": f"{self.host.name}: {type(error).__name__}: {error}"})
 
     def _say(self, kind: str, facts: dict[str, Any]) -> None:
         self._news.put((self.host.name, kind, facts))

@@ -391,9 +391,33 @@ def test_a_far_stop_is_told(make: Make, rig: Rig) -> None:
 
 @needs_rig
 @pytest.mark.slow
-def test_a_full_disk_on_a_host_ends_the_launch_in_words(make: Make) -> None:
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+@pytest.mark.parametrize(
+    ("verb", "reason"),
+    [("keep-run", "node2: its node runner has gone"), ("rank-run", "node2: what watches its ranks has gone")],
+)
+def test_a_killed_part_of_the_launcher_ends_the_launch(make: Make, rig: Rig, kind: str, verb: str, reason: str) -> None:
+    launch = make(kind, rig=rig, ranks=(1, 1), order={"twin": "", "seconds": 60.0})
+    launch.start()
+    launch.until_joined()
+    (pid,) = [pid for pid in rig["node2"].pids() if verb in psutil.Process(pid).cmdline()]
+    os.kill(pid, signal.SIGKILL)
+    killed_at = time.monotonic()
+    assert launch.wait() == 1
+    assert time.monotonic() - killed_at < 25.0
+    # A rank that the node runner ends because its keeper is gone may be heard of first.
+    assert launch.last_line()["reason"] in (reason, "rank 1 on node2 was ended by signal TERM")
+    launch.assert_nothing_left()
+
+
+@needs_rig
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "name"), [("0", "node1"), ("1", "node2")])
+def test_a_full_disk_ends_the_launch_in_words(make: Make, rank: str, name: str) -> None:
     with Rig(2, disk_bytes=4 * 2**20) as small:
-        launch = make("direct-mlx", rig=small, ranks=(1, 1), order={"twin": "", "acts": {"1": "fill"}, "seconds": 60.0})
+        order = {"twin": "", "acts": {rank: "fill"}, "seconds": 60.0}
+        launch = make("direct-mlx", rig=small, ranks=(1, 1), order=order)
         assert launch.run() == 1
-        assert launch.last_line()["reason"] == "node2: its disk is full"
+        assert launch.last_line()["reason"].startswith(f"{name}: ")
+        assert "is full" in launch.last_line()["reason"] or "No space left" in launch.last_line()["reason"]
         launch.assert_nothing_left(10.0)
