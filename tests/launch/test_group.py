@@ -343,6 +343,29 @@ def test_power_loss_of_a_host(make: Make, rig: Rig, kind: str) -> None:
 
 @needs_rig
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+def test_a_host_that_is_cut_off_ends_its_ranks_itself(make: Make, rig: Rig, kind: str) -> None:
+    launch = make(kind, rig=rig, ranks=(1, 1, 1), order={"twin": "", "seconds": 90.0}, lease_s=9)
+    launch.start()
+    launch.until_joined()
+    rig["node3"].cut()
+    try:
+        assert launch.wait() == 1
+        assert launch.last_line()["left"] == ["node3"]
+
+        def living() -> list[str]:
+            lines = [" ".join(psutil.Process(pid).cmdline()) for pid in rig["node3"].pids()]
+            # The far ends of broken connections know nothing yet.
+            return [line for line in lines if "sshd" not in line and " follow" not in line and line]
+
+        launch.until(lambda: not living(), "the end of the ranks on node3", 20.0)
+    finally:
+        rig["node3"].heal()
+    launch.assert_nothing_left(30.0)
+
+
+@needs_rig
+@pytest.mark.slow
 def test_a_host_that_was_restarted_is_lost_at_once(make: Make, rig: Rig) -> None:
     launch = make("direct-mlx", rig=rig, ranks=(1, 1), order={"twin": "", "seconds": 90.0})
     launch.start()
