@@ -39,7 +39,7 @@ def shown(key: str) -> str:
 
 ACTIONS: Final = (
     # Everywhere
-    Action("page('fleet')", "1", "Fleet", "This machine, the configured nodes and the engine", footer=False),
+    Action("page('fleet')", "1", "Fleet", "The machines, their groups, the doctor and the engine", footer=False),
     Action("page('domain')", "2", "Domain", "The domains and their settings", footer=False),
     Action("page('review')", "3", "Review", "Look at samples, accept or reject them", footer=False),
     Action("page('train')", "4", "Train", "The running cycle: stages, curves, funnel, logs", footer=False),
@@ -50,7 +50,20 @@ ACTIONS: Final = (
     Action("command_palette", "ctrl+p", "palette", "Find any action by its name", footer=False),
     Action("detach", "q", "detach", "Close the console; the engine and its work go on"),
     # Fleet
-    Action("wake", "E", "start engine", "Start the engine process if none runs", "fleet", mutates=True),
+    Action("move(1)", "j", "next", "The next node; in the doctor's pane the next finding", "fleet", footer=False),
+    Action("move(-1)", "k", "previous", "The node before; in the doctor's pane the finding", "fleet", footer=False),
+    Action("examine", "d", "doctor", "Let the doctor look at all machines and what lies between them", "fleet"),
+    Action("fix", "f", "fix…", "Do what mends the chosen finding, if that is safe; asks first", "fleet", mutates=True),
+    Action("fold", "o", "all findings", "Show what is well, too, or hide it", "fleet", footer=False),
+    Action("add", "n", "add…", "Take a machine in as a node", "fleet", mutates=True),
+    Action("push", "e", "environment…", "Bring the chosen node's environment up to date", "fleet", mutates=True),
+    Action("link", "l", "link…", "Let a group's leading node call the others by ssh", "fleet", mutates=True),
+    Action("trust", "t", "trust…", "Look at the ssh key that the chosen node presents", "fleet", mutates=True),
+    Action("remove", "x", "remove…", "Take the chosen node out, by name", "fleet", mutates=True),
+    Action("reconnect", "w", "reconnect", "Call the machines that are away now, and ask all of them", "fleet"),
+    Action("zoom", "z,enter", "zoom", "Give the pane that has the focus the whole page, or go back", "fleet"),
+    Action("copy", "y", "copy", "Copy what the pane is about: the fix's command, the node, the groups", "fleet"),
+    Action("start_engine", "E", "start engine", "Start the engine process if none runs", "fleet", mutates=True),
     # Domain
     Action("move(1)", "j,down", "next", "Choose the next domain", "domain", footer=False),
     Action("move(-1)", "k,up", "previous", "Choose the domain before", "domain", footer=False),
@@ -78,6 +91,8 @@ ACTIONS: Final = (
     Action("match(-1)", "N", "match before", "Go to the match before", "train", footer=False),
     Action("smooth(1)", "plus,equals_sign", "smooth", "Smooth the curves more", "train", footer=False),
     Action("smooth(-1)", "minus", "less smooth", "Smooth the curves less", "train", footer=False),
+    Action("rank(1)", "o", "ranks", "Show what the next rank of a group prints, then the worker's log", "train"),
+    Action("rank(-1)", "O", "rank before", "Show what the rank before prints", "train", footer=False),
     Action("zoom", "z", "zoom", "Show the log alone, the curves alone, or both", "train"),
     # Promote
     Action("promote", "p", "promote…", "Make the candidate the generator; asks for its name", "promote", mutates=True),

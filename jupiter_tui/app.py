@@ -16,7 +16,7 @@ from textual.theme import Theme
 
 from jupiter_engine.errors import JupiterError
 from jupiter_tui import actions
-from jupiter_tui.bridge import Bridge, Broken, Opener, Pictured
+from jupiter_tui.bridge import Bridge, Broken, KeyAsked, Opener, Pictured
 from jupiter_tui.screens.desk import Desk
 from jupiter_tui.screens.page import Page, bindings
 from jupiter_tui.view.header import PAGES, alerts
@@ -124,6 +124,15 @@ class ConsoleApp(App[JupiterError]):
 
     def on_broken(self, message: Broken) -> None:
         self.exit(message.error)
+
+    def on_key_asked(self, message: KeyAsked) -> None:
+        """A person decides about a machine's key, whichever page is in front."""
+        from jupiter_tui.screens.machines import key_sheet
+
+        def answered(yes: bool | None) -> None:  # noqa: FBT001 - Textual's callback has one value
+            message.answer.set_result(bool(yes))
+
+        self.push_screen(key_sheet(message.key, message.who), answered)
 
     # -- actions ---------------------------------------------------------------------------------
     def action_page(self, name: str) -> None:

@@ -21,15 +21,14 @@ from jupiter_engine.cluster.inventory import Inventory
 from jupiter_engine.cluster.joining import join, settle_key
 from jupiter_engine.cluster.link import link as make_links
 from jupiter_engine.cluster.link import unlink as remove_links
+from jupiter_engine.cluster.upkeep import connections_of, groups_named
+from jupiter_engine.cluster.upkeep import remove as remove_node
 from jupiter_engine.errors import ExitCode, HostKeyRefused, JupiterError, UsageError
 from jupiter_engine.protocol.fleet import NodeStatus
 from jupiter_engine.remote.host_keys import KnownHosts, OfferedKey
-from jupiter_engine.remote.port import Connection
 from jupiter_engine.settings.cluster import (
     ClusterSettings,
-    GroupSpec,
     NodeSpec,
-    default_groups,
     group_nodes,
     node_by_name,
 )
@@ -151,15 +150,14 @@ def _from_here(path: str | None) -> str | None:
 
 
 async def remove(options: argparse.Namespace, workspace: Workspace) -> int:
-    inventory = Inventory(workspace.root / CLUSTER_FILE)
-    node = node_by_name(inventory.cluster, options.name)
-    title = inventory.remove(options.name)
-    for warning in inventory.save().warnings:
+    removed = remove_node(workspace.root, options.name)
+    for warning in removed.warnings:
         _say(warning)
     if options.json:
-        print_json({"removed": title})
+        print_json({"removed": removed.name})
     else:
-        print(plain_text(f"{title} is no node any more; what Jupiter put there stays in {node.workdir}"))
+        text = f"{removed.name} is no node any more; what Jupiter put there stays in {removed.workdir}"
+        print(plain_text(text))
     return ExitCode.DONE
 
 
@@ -279,9 +277,9 @@ async def link(options: argparse.Namespace, workspace: Workspace) -> int:
     fleet = Fleet(cluster, workspace.root)
     done: dict[str, dict[str, str]] = {}
     async with fleet.opened():
-        for group in _groups(cluster, options.group):
+        for group in groups_named(cluster, options.group):
             _say(f"linking the nodes of {group.name}")
-            connections, problems = await _connections(fleet, cluster, group)
+            connections, problems = await connections_of(fleet, group)
             if problems:
                 raise next(iter(problems.values()))
             files = await make_links(cluster, group, connections, root=workspace.root, known_hosts=fleet.known_hosts)
@@ -300,8 +298,8 @@ async def unlink(options: argparse.Namespace, workspace: Workspace) -> int:
     fleet = Fleet(cluster, workspace.root)
     left: dict[str, dict[str, str]] = {}
     async with fleet.opened():
-        for group in _groups(cluster, options.group):
-            connections, problems = await _connections(fleet, cluster, group)
+        for group in groups_named(cluster, options.group):
+            connections, problems = await connections_of(fleet, group)
             said = await remove_links(cluster, group, connections, root=workspace.root)
             left[group.name] = {
                 name: problems[name].detail if name in problems else text for name, text in said.items()
@@ -332,34 +330,6 @@ async def topology(options: argparse.Namespace, workspace: Workspace) -> int:
     if not options.json:
         _problems(found)
     return ExitCode.NO_NODE if any(plan.problems for plan in plans) else ExitCode.DONE
-
-
-def _groups(cluster: ClusterSettings, name: str | None) -> tuple[GroupSpec, ...]:
-    groups = cluster.groups or default_groups(cluster)
-    chosen = tuple(group for group in groups if name in (None, group.name))
-    if not chosen:
-        have = ", ".join(group.name for group in groups) or "none"
-        what = "there is no group" if name is None else f"there is no group {name!r} (there: {have})"
-        raise UsageError(what, fix="see `groups` in docs/config.md")
-    return chosen
-
-
-async def _connections(
-    fleet: Fleet, cluster: ClusterSettings, group: GroupSpec
-) -> tuple[dict[str, Connection], dict[str, JupiterError]]:
-    """Connections to the nodes of a group, and why there is none to the others."""
-    names = [node.title() for node in group_nodes(cluster, group)]
-    answers = await asyncio.gather(*(fleet.connection(name) for name in names), return_exceptions=True)
-    connections: dict[str, Connection] = {}
-    problems: dict[str, JupiterError] = {}
-    for name, answer in zip(names, answers, strict=True):
-        if isinstance(answer, JupiterError):
-            problems[name] = answer
-        elif isinstance(answer, BaseException):
-            raise answer
-        else:
-            connections[name] = answer
-    return connections, problems
 
 
 ACTIONS: Final[dict[str, Any]] = {

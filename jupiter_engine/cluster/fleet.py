@@ -116,6 +116,15 @@ class Fleet:
         self._listeners: list[Callable[[], None]] = []
         self._calling: set[asyncio.Task[None]] = set()
 
+    def inherit(self, former: Fleet) -> None:
+        """Take over what an earlier fleet of this workspace knows of the machines that are still the same."""
+        for name, member in self._members.items():
+            known = former._members.get(name)
+            if known is not None and known.node == member.node:
+                member.facts, member.ticks = known.facts, known.ticks
+        self._findings = tuple(one for one in former._findings if set(one.nodes) <= set(self._members))
+        self._findings_at = former._findings_at
+
     # -- open and close ------------------------------------------------------------------------------------
     async def open(self) -> None:
         """Begin to call every machine, at most `at_once` at a time; returns at once."""

@@ -11,19 +11,28 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from jupiter_engine.cluster import upkeep
+from jupiter_engine.cluster.discovery import Discovered, discover
 from jupiter_engine.cluster.fleet import AT_ONCE, Fleet
+from jupiter_engine.cluster.joining import Joined
 from jupiter_engine.errors import JupiterError, UsageError
 from jupiter_engine.protocol.fleet import Finding, Fix, FleetPicture
-from jupiter_engine.settings.cluster import ClusterSettings, load_cluster
+from jupiter_engine.remote.host_keys import OfferedKey
+from jupiter_engine.settings.cluster import ClusterSettings, NodeSpec, load_cluster
 
 FAST_S: Final = 2.0
 """Between two questions for the numbers that change; more for fleets larger than AT_ONCE."""
-FULL_S: Final = 120.0
+FULL_S: Final = 30.0
+"""Between two questions for everything: software, interfaces, settings."""
 LOOK_S: Final = 1.0
 """Between two looks at the cluster file."""
 
 T = TypeVar("T")
 MakeFleet = Callable[[ClusterSettings, Path], Fleet]
+Say = Callable[[str], None]
+"""Told what is being done; called from the fleet's thread."""
+Ask = Callable[[OfferedKey, str], concurrent.futures.Future[bool]]
+"""Puts a key, and whose it is, before a person; called from the fleet's thread, which goes on meanwhile."""
 
 
 class FleetThread:
@@ -41,6 +50,8 @@ class FleetThread:
         self._fleet: Fleet | None = None
         self._wanted: asyncio.Event | None = None
         self._stopping = False
+        self._watched = True
+        self._watching: asyncio.Event | None = None
         self.problem = ""
         """Why the cluster file is not followed at the moment; empty: it is."""
 
@@ -61,6 +72,36 @@ class FleetThread:
     def apply(self, fix: Fix) -> concurrent.futures.Future[str]:
         """Do what a safe fix says; the result is what the command printed, or the JupiterError."""
         return self._submit(self._with_fleet(lambda fleet: fleet.apply(fix)))
+
+    def watch(self, *, wanted: bool) -> None:
+        """Whether anybody looks: without, machines are kept connected but not asked. At first somebody does."""
+        self._watched = wanted
+        if self._loop is not None and self._thread is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._mind)
+
+    def discover(self) -> concurrent.futures.Future[Discovered]:
+        """Machines that could be added; takes a few seconds."""
+        return self._submit(discover())
+
+    def add(self, node: NodeSpec, ask: Ask, say: Say) -> concurrent.futures.Future[Joined]:
+        """Take a machine in; `ask` decides about a key that is not trusted yet."""
+        return self._submit(self._with_fleet(lambda fleet: upkeep.add(fleet, node, _decider(ask), say)))
+
+    def trust(self, name: str, ask: Ask) -> concurrent.futures.Future[tuple[OfferedKey, bool]]:
+        """Settle a node's key, a changed one too: (its key, whether anything was decided)."""
+        return self._submit(self._with_fleet(lambda fleet: upkeep.trust(fleet, name, _decider(ask))))
+
+    def remove(self, name: str) -> concurrent.futures.Future[upkeep.Removed]:
+        """Take a node out of the cluster file."""
+        return self._submit(asyncio.to_thread(upkeep.remove, self._root, name))
+
+    def push(self, name: str) -> concurrent.futures.Future[str]:
+        """Bring a node's environment up to date; the result is its Python."""
+        return self._submit(self._with_fleet(lambda fleet: upkeep.push(fleet, name)))
+
+    def link(self, group: str) -> concurrent.futures.Future[tuple[str, tuple[str, ...]]]:
+        """Let the leading node of a group call the others: (the leading node, those that it reaches)."""
+        return self._submit(self._with_fleet(lambda fleet: upkeep.link_group(fleet, group)))
 
     def close(self) -> None:
         """Hang up and end the thread."""
@@ -93,6 +134,8 @@ class FleetThread:
     # -- in the thread -------------------------------------------------------------------------------------
     async def _run(self) -> None:
         self._loop, self._wanted = asyncio.get_running_loop(), asyncio.Event()
+        self._watching = asyncio.Event()
+        self._mind()
         seen: tuple[int, int] | None = None
         looking: asyncio.Task[None] | None = None
         self._ready.set()
@@ -121,6 +164,13 @@ class FleetThread:
                 task.cancel()
             await asyncio.gather(*rest, return_exceptions=True)
 
+    def _mind(self) -> None:
+        if self._watching is not None:
+            if self._watched:
+                self._watching.set()
+            else:
+                self._watching.clear()
+
     def _mark(self) -> tuple[int, int] | None:
         try:
             status = (self._root / "config" / "cluster.yaml").stat()
@@ -138,6 +188,8 @@ class FleetThread:
         self.problem = ""
         former, fleet = self._fleet, self._make(cluster, self._root)
         fleet.listen(lambda: self._show(fleet))
+        if former is not None:
+            fleet.inherit(former)
         self._fleet = fleet
         if former is not None:
             await former.close()
@@ -152,15 +204,18 @@ class FleetThread:
     async def _look(self, fleet: Fleet) -> None:
         """Keep everything fresh until cancelled; a machine that is slow to answer keeps no other one waiting."""
         pause_s = FAST_S * max(1.0, len(fleet.names()) / AT_ONCE)
+        watching = self._watching
+        assert watching is not None
         async with asyncio.TaskGroup() as group:
             for name in fleet.names():
-                group.create_task(self._look_at(fleet, name, pause_s))
-            group.create_task(self._plan(fleet, pause_s))
+                group.create_task(self._look_at(fleet, name, pause_s, watching))
+            group.create_task(self._plan(fleet, pause_s, watching))
 
     @staticmethod
-    async def _look_at(fleet: Fleet, name: str, pause_s: float) -> None:
+    async def _look_at(fleet: Fleet, name: str, pause_s: float, watching: asyncio.Event) -> None:
         whole_at = time.monotonic()
         while True:
+            await watching.wait()
             whole = time.monotonic() - whole_at > FULL_S
             if whole:
                 whole_at = time.monotonic()
@@ -168,10 +223,11 @@ class FleetThread:
             await asyncio.sleep(pause_s)
 
     @staticmethod
-    async def _plan(fleet: Fleet, pause_s: float) -> None:
+    async def _plan(fleet: Fleet, pause_s: float, watching: asyncio.Event) -> None:
         """Plan the groups again whenever another machine has told what it is, and now and then."""
         known, planned_at = -1, 0.0
         while True:
+            await watching.wait()
             told = sum(fleet.facts(name) is not None for name in fleet.names())
             if told != known or time.monotonic() - planned_at > FULL_S:
                 known, planned_at = told, time.monotonic()
@@ -191,6 +247,13 @@ class FleetThread:
                 break
             await asyncio.sleep(LOOK_S / 10)
         raise UsageError(self.problem or "there is no cluster file yet")
+
+
+def _decider(ask: Ask) -> Callable[[OfferedKey, str], Coroutine[Any, Any, bool]]:
+    async def decide(key: OfferedKey, who: str) -> bool:
+        return await asyncio.wrap_future(ask(key, who))
+
+    return decide
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -101,8 +101,9 @@ class Page(Screen[None]):
 
     def show(self, picture: Picture) -> None:
         """Draw everything; called for each new picture while the page is in front."""
-        if not self._ready:
-            # Textual resumes and resizes a screen before its widgets are there, and pictures come at any time.
+        if not self._ready or not self.children:
+            # Textual resumes and resizes a screen before its widgets are there and takes them away before it says
+            # so; pictures come at any time.
             return
         self._fit()
         self.query_one("#title", Bar).show(lambda w: [title_line(picture, w, read_only=self.desk.read_only)])

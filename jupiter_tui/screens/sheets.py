@@ -72,6 +72,10 @@ class ConfirmSheet(Sheet[bool]):
     def __init__(self, title: str, question: str) -> None:
         super().__init__(title, [[(question, "")], [], [("y yes   n no", "title")]])
 
+    def say(self, lines: list[Line]) -> None:
+        """Ask with these lines instead, which name the keys themselves."""
+        self._lines = lines
+
     def action_answer(self, yes: bool) -> None:  # noqa: FBT001 - comes from a binding
         self.dismiss(yes)
 

@@ -12,9 +12,10 @@ from textual.widget import Widget
 
 from jupiter_engine.protocol.commands import Pause, Resume, Stop
 from jupiter_tui.screens.page import Page, bindings
+from jupiter_tui.view.log import log_title
 from jupiter_tui.view.picture import Picture
 from jupiter_tui.view.text import rule, wrap
-from jupiter_tui.view.train import FIRST_RUN, funnel, numbers, progress_line, stage_strip
+from jupiter_tui.view.train import FIRST_RUN, funnel, head_lines, numbers, progress_line
 from jupiter_tui.widgets.chart import Chart
 from jupiter_tui.widgets.lines import Bar, Pane
 from jupiter_tui.widgets.log import LogPane
@@ -54,16 +55,16 @@ class TrainPage(Page):
         self.query_one("#funnel", Pane).show(lambda w: self._funnel_lines(picture, w))
         self.query_one("#numbers", Pane).show(lambda w: numbers(picture, w))
         log = self.query_one("#log", LogPane)
-        log.set_title(f"Log  {picture.log.cycle}" if picture.log.cycle else "Log")
-        log.take(picture.log)
+        log.set_title(log_title(picture))
+        log.take(picture.log if picture.rank is None else picture.rank_log)
 
     def _draw_head(self, picture: Picture) -> None:
         strip, progress = self.query_one("#strip", Bar), self.query_one("#progress", Bar)
-        lines = stage_strip(picture.cycle, self.app.size.width)
+        lines = head_lines(picture, self.app.size.width)
         if strip.styles.height is None or strip.styles.height.value != len(lines):
             # Only on change: a new height lays the whole page out again.
             strip.styles.height = len(lines)
-        strip.show(lambda w: stage_strip(picture.cycle, w))
+        strip.show(lambda w: head_lines(picture, w))
         progress.show(lambda w: [progress_line(picture, w)])
 
     def _funnel_lines(self, picture: Picture, width: int) -> list[list[tuple[str, str]]]:
@@ -91,6 +92,8 @@ class TrainPage(Page):
                 return status in ("paused", "stopped", "failed") or stands_still
             case "stop":
                 return status in ("running", "pausing", "paused", "failed")
+            case "rank":
+                return bool(picture.ranks)
         return True
 
     def action_start(self) -> None:
@@ -148,6 +151,12 @@ class TrainPage(Page):
 
     def action_match(self, step: int) -> None:
         self.query_one("#log", LogPane).go(step)
+
+    def action_rank(self, step: int) -> None:
+        """The worker's own log, then that of each rank, round."""
+        order: list[int | None] = [None, *(rank for rank, _ in self.picture.ranks)]
+        at = order.index(self.picture.rank) if self.picture.rank in order else 0
+        self.desk.bridge.show_rank(order[(at + step) % len(order)])
 
     def action_smooth(self, step: int) -> None:
         self._smoothing = max(0, min(len(SMOOTHING) - 1, self._smoothing + step))

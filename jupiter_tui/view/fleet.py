@@ -1,4 +1,4 @@
-"""The Fleet page's text: this machine's live facts, the configured others, the engine process."""
+"""The Fleet page's smaller text: the engine process, the cluster file, what is under way."""
 
 from __future__ import annotations
 
@@ -6,52 +6,12 @@ from typing import Any
 
 from jupiter_engine.units import bytes_text, duration_text
 from jupiter_tui.view.picture import Picture
-from jupiter_tui.view.text import Line, bar, cut_line, day_and_clock, mark, one_line, pad, pairs, rule, wrap
-
-
-def node_lines(picture: Picture, width: int) -> list[Line]:
-    """This machine: what it is, how busy, what it does."""
-    node = picture.node
-    if node is None:
-        return [rule("This machine", width), [("reading…", "dim")]]
-    gauge = max(10, min(30, width - 52))
-    memory = node.memory_used_bytes / max(1, node.memory_total_bytes)
-    rows: list[Line] = [
-        [
-            ("cpu     ", "dim"),
-            (bar(node.cpu_percent / 100, gauge), "accent"),
-            (f" {node.cpu_percent:3.0f}%", "bold"),
-            (f"  load {node.load_1m:.2f} on {node.cores} cores", ""),
-        ],
-        [
-            ("memory  ", "dim"),
-            (bar(memory, gauge), "accent"),
-            (f" {memory:4.0%}", "bold"),
-            (f"  {bytes_text(node.memory_used_bytes)} of {bytes_text(node.memory_total_bytes)}", ""),
-        ],
-    ]
-    facts = pairs(
-        [
-            ("host", node.host),
-            ("chip", one_line(node.chip)),
-            ("system", one_line(node.system)),
-            ("disk free", bytes_text(node.disk_free_bytes) + " on the workspace's disk"),
-            ("twin", f"{node.twin}, accelerator {node.accelerator}"),
-            ("python", node.python),
-        ]
-    )
-    head: Line = [
-        mark("ok"),
-        (" ready   ", "good"),
-        (one_line(node.name), "bold"),
-        (f"   {local_abilities(picture.cluster)}", "dim"),
-    ]
-    return [cut_line(line, width) for line in [rule("This machine", width), head, [], *rows, [], *facts]]
+from jupiter_tui.view.text import Line, cut_line, day_and_clock, mark, one_line, pairs, rule, wrap
 
 
 def engine_lines(picture: Picture, width: int) -> list[Line]:
-    """Whether the workspace's engine process lives."""
-    lines: list[Line] = [rule("Engine", width)]
+    """Whether the workspace's engine process lives, what it sends to nodes, and the rest of the cluster file."""
+    lines: list[Line] = []
     if picture.engine_lives:
         lines.append([mark("ok"), (f" running, process {picture.engine_pid}, version {picture.engine_version}", "")])
         if picture.engine_started_at is not None:
@@ -60,7 +20,26 @@ def engine_lines(picture: Picture, width: int) -> list[Line]:
         lines.append([("   it goes on when this console is closed", "dim")])
     else:
         lines.append([mark("none"), (" not running; the next command starts it", "dim")])
+    lines += sending_lines(picture, width)
+    others = _others(picture.cluster)
+    if others:
+        lines += [[], rule("config/cluster.yaml", width), *pairs(others)]
     return [cut_line(line, width) for line in lines]
+
+
+def sending_lines(picture: Picture, width: int) -> list[Line]:
+    """What the engine is sending to or fetching from nodes for the running stage."""
+    progress, cycle = picture.progress, picture.cycle
+    if progress is None or cycle is None or progress.unit != "bytes":
+        return []
+    stage = cycle.current_stage()
+    text = f"{stage.stage if stage else 'a stage'}: {bytes_text(progress.done)} of {bytes_text(progress.total)}"
+    if progress.rate_per_s:
+        text += f", {bytes_text(progress.rate_per_s)}/s"
+    if progress.eta_s is not None:
+        text += f", ETA {duration_text(progress.eta_s)}"
+    lines: list[Line] = [[mark("run"), (f" {text}", "")]]
+    return lines + (wrap(one_line(progress.note), width, "dim", indent="   ") if progress.note else [])
 
 
 def configured_nodes(cluster: dict[str, object] | None) -> list[dict[str, Any]]:
@@ -69,47 +48,32 @@ def configured_nodes(cluster: dict[str, object] | None) -> list[dict[str, Any]]:
     return [node for node in found if isinstance(node, dict)] if isinstance(found, (list, tuple)) else []
 
 
-def local_abilities(cluster: dict[str, object] | None) -> str:
-    """What this machine may do, in words."""
-    if cluster is None:
-        return "roles unknown: config/cluster.yaml is not accepted"
-    mine = next((node for node in configured_nodes(cluster) if node.get("local")), None)
-    if mine is None:
-        return "not listed in config/cluster.yaml, so it may do nothing"
-    return ", ".join(mine.get("abilities", ())) or "may do nothing"
+def abilities(cluster: dict[str, object] | None, name: str) -> str:
+    """What a node may do, in words; empty for one that the file does not name."""
+    for node in configured_nodes(cluster):
+        if (node.get("name") or node.get("host")) == name:
+            return ", ".join(node.get("abilities", ())) or "may do nothing"
+    return ""
 
 
-def cluster_lines(picture: Picture, width: int) -> list[Line]:
-    """What cluster.yaml says, honestly: nodes that this version does not use are marked so."""
-    lines: list[Line] = [rule("config/cluster.yaml", width)]
-    if picture.cluster_problems:
-        for problem in picture.cluster_problems:
-            lines += [
-                [mark("bad"), (" ", ""), *first] if i == 0 else [("   ", ""), *first]
-                for i, first in enumerate(wrap(problem, width - 3))
-            ]
-        return lines
-    if picture.cluster is None:
-        return [*lines, [("reading…", "dim")]]
-    for node in configured_nodes(picture.cluster):
-        host = one_line(str(node.get("host", "")))
-        name = one_line(str(node.get("name") or host))
-        used = bool(node.get("local"))
-        lines.append(
-            [
-                mark("ok" if used else "none"),
-                (f" {pad(name, 18)}", "bold"),
-                (f"{pad(host, 20)} {pad(node.get('role', ''), 10)} ", ""),
-                ("this machine" if used else "not used by this version", "dim" if used else "warn"),
-            ]
-        )
-    others = {
-        k: v
-        for k, v in (picture.cluster or {}).items()
-        if k not in ("nodes", "schema") and v not in (None, "", (), [], {})
-    }
-    lines += [[], *pairs([(key, one_line(_value(value))) for key, value in others.items()])]
-    return [cut_line(line, width) for line in lines]
+def no_nodes_lines(picture: Picture, width: int) -> list[Line]:
+    """What stands where the table of nodes would be: why there is none."""
+    problems = picture.cluster_problems or ((picture.fleet_problem,) if picture.fleet_problem else ())
+    if not problems:
+        return [[("  reading config/cluster.yaml…", "dim")]]
+    lines: list[Line] = [[mark("bad"), (" config/cluster.yaml is not accepted:", "bad")]]
+    return lines + [line for problem in problems for line in wrap(one_line(problem), width, "", indent="   ")]
+
+
+def doing_line(picture: Picture, width: int) -> Line:
+    """What is being done with machines at the moment."""
+    return cut_line([(" ", ""), mark("run"), (f" {one_line(', '.join(picture.fleet_doing))}", "accent")], width)
+
+
+def _others(cluster: dict[str, object] | None) -> list[tuple[str, str]]:
+    hidden = ("nodes", "schema", "groups")
+    found = {key: value for key, value in (cluster or {}).items() if key not in hidden}
+    return [(key, one_line(_value(value))) for key, value in found.items() if value not in (None, "", (), [], {})]
 
 
 def _value(value: object) -> str:

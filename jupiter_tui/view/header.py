@@ -7,6 +7,7 @@ from typing import Final
 
 from jupiter_engine.protocol.state import CycleState
 from jupiter_engine.units import duration_text
+from jupiter_tui.view.log import stalled
 from jupiter_tui.view.picture import Picture
 from jupiter_tui.view.text import Line, clock, cut_line, mark, one_line, plain
 
@@ -80,9 +81,12 @@ def waiting(picture: Picture) -> dict[str, str]:
             result["review"] = str(picture.waiting_samples)
         if cycle.waiting_for == "decision":
             result["promote"] = "1"
-    broken = sum(bool(d.problems) for d in picture.domains) + bool(picture.cluster_problems)
+    broken = sum(bool(d.problems) for d in picture.domains)
     if broken:
-        result["domain" if any(d.problems for d in picture.domains) else "fleet"] = f"{broken}!"
+        result["domain"] = f"{broken}!"
+    failing = len(_fleet_alerts(picture))
+    if failing:
+        result["fleet"] = f"{failing}!"
     return result
 
 
@@ -123,9 +127,22 @@ def alerts(picture: Picture) -> list[tuple[str, str]]:
     for domain in picture.domains:
         if domain.problems:
             found.append(("bad", f"domain {domain.name}: {one_line(domain.problems[0])}"))
-    if picture.cluster_problems:
-        found.append(("bad", one_line(picture.cluster_problems[0])))
-    return found
+    return found + _fleet_alerts(picture)
+
+
+def _fleet_alerts(picture: Picture) -> list[tuple[str, str]]:
+    """What keeps machines from use: the cluster file, lost ones, and what else the doctor says cannot work."""
+    found = [("bad", one_line(problem)) for problem in picture.cluster_problems[:1]]
+    lost = [node for node in picture.fleet.nodes if node.state in ("lost", "refused")]
+    for node in lost:
+        fix = f" -> {one_line(node.fix)}" if node.fix else ""
+        problem, name = one_line(node.problem) or f"is {node.state}", one_line(node.name)
+        who = "" if problem.startswith(name) else f"{name}: "
+        found.append(("bad", f"{who}{problem}{fix}  (1)"))
+    known = {node.name for node in lost}
+    failing = [one for one in picture.fleet.findings if one.severity == "fail"]
+    failing = [one for one in failing if not (one.nodes and set(one.nodes) <= known)]
+    return found + [("bad", f"{one_line(one.check)}: {one_line(one.text)}  (1)") for one in failing]
 
 
 def _cycle_alerts(cycle: CycleState, picture: Picture) -> list[tuple[str, str]]:
@@ -142,6 +159,8 @@ def _cycle_alerts(cycle: CycleState, picture: Picture) -> list[tuple[str, str]]:
     elif cycle.waiting_for == "decision":
         verdict = cycle.decision.verdict.replace("_", " ") if cycle.decision else "no verdict"
         found.append(("warn", f"cycle {cycle.number} waits for your decision; the gate says: {verdict} (5)"))
+    elif standing := stalled(cycle, picture.state.notices):
+        found.append(("bad", standing))
     elif not picture.engine_lives:
         found.append(("bad", f"the engine is not running, so cycle {cycle.id} stands still  (R starts it)"))
     elif stage is not None and stage.status == "running" and stage.started_at is not None:

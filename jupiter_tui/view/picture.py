@@ -9,13 +9,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from jupiter_engine.protocol.facts import Metric, Progress
+from jupiter_engine.protocol.fleet import FleetPicture
 from jupiter_engine.protocol.state import CycleState, State
-
-if TYPE_CHECKING:
-    from jupiter_engine.api import NodeFacts
 
 LINES_KEPT = 200_000
 
@@ -95,6 +92,12 @@ class Picture:
     """Of the cycle's running stage."""
     curve: Curve = field(default_factory=Curve)
     log: LogBook = field(default_factory=LogBook)
+    ranks: tuple[tuple[int, str], ...] = ()
+    """Ranks of the shown run's newest launch over several machines: (rank, machine)."""
+    rank: int | None = None
+    """The rank whose output is followed; None: none, `log` is shown."""
+    rank_log: LogBook = field(default_factory=LogBook)
+    """What that rank prints."""
     waiting_samples: int = 0
     """Samples of the waiting review without a verdict."""
     reviewed_samples: int | None = None
@@ -102,7 +105,12 @@ class Picture:
     domains: tuple[DomainFile, ...] = ()
     cluster: dict[str, object] | None = None
     cluster_problems: tuple[str, ...] = ()
-    node: NodeFacts | None = None
+    fleet: FleetPicture = field(default_factory=FleetPicture)
+    """All machines; empty until the Fleet page was looked at."""
+    fleet_problem: str = ""
+    """Why the cluster file is not followed; empty: it is."""
+    fleet_doing: tuple[str, ...] = ()
+    """What is being done with machines on behalf of this console."""
 
     @property
     def engine_lives(self) -> bool:

@@ -8,6 +8,7 @@ from jupiter_engine.protocol.journal import STAGES
 from jupiter_engine.protocol.state import CycleState, StageState
 from jupiter_engine.units import bytes_text, count_text, duration_text
 from jupiter_tui.view.header import cycle_state_words, stage_share
+from jupiter_tui.view.log import stalled
 from jupiter_tui.view.picture import Picture
 from jupiter_tui.view.text import Line, Span, bar, clock, cut_line, mark, number, one_line, pad, plain, span
 
@@ -43,6 +44,13 @@ def stage_strip(cycle: CycleState | None, width: int) -> list[Line]:
             lines.append([(" ", "")])
         lines[-1] += piece
     return lines
+
+
+def head_lines(picture: Picture, width: int) -> list[Line]:
+    """The stages, and under them that the ranks stand still, if they do."""
+    lines = stage_strip(picture.cycle, width)
+    standing = stalled(picture.cycle, picture.state.notices) if picture.cycle is not None else ""
+    return [*lines, cut_line([(" ", ""), mark("bad"), (f" {standing}", "bad")], width)] if standing else lines
 
 
 def progress_line(picture: Picture, width: int) -> Line:

@@ -22,6 +22,7 @@ from jupiter_engine.protocol.orders import ModelRef
 from jupiter_engine.protocol.rows import Chunk, Row, Sample, Verdict
 from jupiter_engine.settings.domain import load_domain
 from jupiter_engine.settings.workspace import create, domain_file
+from tests.tui.played_fleet import PlayedMachines, several
 
 Until = Literal["empty", "review", "train", "decision", "finished", "failed"]
 
@@ -32,10 +33,21 @@ SAMPLES = 12
 class RecordedWorkspace(Workspace):
     """The real front door with the engine's own command handlers, but no process behind it."""
 
-    def __init__(self, root: Path, commands: list[AnyCommand], *, engine: bool = True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        commands: list[AnyCommand],
+        *,
+        engine: bool = True,
+        machines: PlayedMachines | None = None,
+    ) -> None:
         super().__init__(root)
         self.commands = commands
         self._engine = engine
+        self._machines = machines or PlayedMachines(several())
+
+    def fleet(self) -> PlayedMachines:  # type: ignore[override]
+        return self._machines
 
     def perform(self, command: AnyCommand, *, timeout_s: float = 30.0) -> None:
         self.refresh()

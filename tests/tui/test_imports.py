@@ -5,8 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+import jupiter_tui
 
 HEAVY = ("torch", "mlx", "mlx_lm", "numpy", "transformers", "asyncssh", "plotext", "tokenizers")
 
@@ -28,7 +31,7 @@ def test_help_and_version_load_no_screen_and_no_tensor_library(option: str) -> N
 
 
 def test_the_app_with_all_pages_loads_no_tensor_library() -> None:
-    pages = ("fleet", "domain", "review", "train", "promote", "history", "sheets")
+    pages = ("fleet", "domain", "review", "train", "promote", "history", "machines", "sheets")
     imports = "import jupiter_tui.app, jupiter_engine.api\n" + "\n".join(
         f"import jupiter_tui.screens.{p}" for p in pages
     )
@@ -43,7 +46,8 @@ def test_the_first_frame_waits_for_no_settings_reader() -> None:
 
 
 def test_the_view_knows_no_textual() -> None:
-    names = ("chart", "decision", "domain", "fleet", "header", "history", "log", "picture", "review", "text", "train")
+    names = sorted(path.stem for path in (Path(jupiter_tui.__file__).parent / "view").glob("[a-z]*.py"))
+    assert "nodes" in names
     found = loaded("\n".join(f"import jupiter_tui.view.{name}" for name in names))
     assert not found & {"textual", "rich"}
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any, Literal
 
 import pytest
-from textual.pilot import Pilot
 
 from jupiter_engine.protocol.commands import (
-    AnyCommand,
     Decide,
     FinishReview,
     Pause,
@@ -24,72 +18,10 @@ from jupiter_engine.protocol.commands import (
     Stop,
 )
 from jupiter_tui.app import ConsoleApp
-from tests.tui.recorded import RecordedWorkspace, Until, record
+from tests.tui.conftest import Open
+from tests.tui.recorded import RecordedWorkspace
 
 SIZES = [(80, 24), (120, 36), (200, 60)]
-
-
-@dataclass
-class Session:
-    """The console under test: what it shows, and the commands that it gave."""
-
-    app: ConsoleApp
-    pilot: Pilot[Any]
-    root: Path
-    commands: list[AnyCommand] = field(default_factory=list)
-
-    def screen(self) -> str:
-        strips = self.app.screen._compositor.render_strips()
-        return "\n".join("".join(segment.text for segment in strip) for strip in strips)
-
-    async def until(self, condition: Callable[[], bool], what: str) -> None:
-        for _ in range(200):
-            await self.pilot.pause()
-            if condition():
-                return
-            await asyncio.sleep(0.02)
-        raise AssertionError(f"never: {what}\n{self.screen()}")
-
-    async def shows(self, *parts: str) -> str:
-        """Wait until the screen holds all parts; returns it."""
-        await self.until(lambda: all(part in self.screen() for part in parts), f"shown: {parts}")
-        return self.screen()
-
-    async def gave(self, command: AnyCommand) -> None:
-        await self.until(lambda: command in self.commands, f"given: {command}; there: {self.commands}")
-
-    async def press(self, *keys: str) -> None:
-        await self.pilot.press(*keys)
-        await self.pilot.pause()
-
-    async def type(self, text: str) -> None:
-        await self.pilot.press(*text, "enter")
-        await self.pilot.pause()
-
-
-Open = Callable[..., AbstractAsyncContextManager[Session]]
-
-
-@pytest.fixture
-def console(tmp_path: Path) -> Open:
-    @asynccontextmanager
-    async def opened(
-        until: Until,
-        size: tuple[int, int] = (120, 36),
-        *,
-        verdict: Literal["promote", "worse"] = "promote",
-        engine: bool = True,
-        **options: Any,
-    ) -> AsyncIterator[Session]:
-        root = record(tmp_path / "w", until, verdict=verdict)
-        commands: list[AnyCommand] = []
-        app = ConsoleApp(opener=lambda _: RecordedWorkspace(root, commands, engine=engine), **options)
-        async with app.run_test(size=size, notifications=True) as pilot:
-            session = Session(app, pilot, root, commands)
-            await session.until(lambda: app.desk.picture.loaded, "the first picture")
-            yield session
-
-    return opened
 
 
 # -- every page at every size --------------------------------------------------------------------------
@@ -139,8 +71,9 @@ class TestSizes:
     async def test_fleet(self, console: Open, size: tuple[int, int]) -> None:
         async with console("empty", size) as c:
             await c.press("1")
-            await c.shows("This machine", "cpu", "memory", "twin", "evaluate, generate, train")
-            await c.press("G")
+            await c.shows("Nodes  3 of 6 answer", "> ok laptop", "!! mini-2", "lost 3m", "cpu", "disk")
+            for _ in range(4):
+                await c.press("tab")
             await c.shows("running, process 4242")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.rows import Chunk
-from jupiter_tui.view import chart, decision, domain, fleet, header, history, text, train
+from jupiter_tui.view import chart, decision, domain, header, history, text, train
 from jupiter_tui.view.picture import Curve, DomainFile, LogBook, Picture
 from tests.tui.recorded import ESCAPES, RecordedWorkspace, Until, decision_of, record
 
@@ -250,18 +250,6 @@ def test_history_rows_and_details(tmp_path: Path) -> None:
     assert "the report" in shown
     assert "no optimizer step was recorded" in shown
     assert "ok report" in shown
-
-
-def test_remote_nodes_are_shown_as_not_used() -> None:
-    nodes = [
-        {"name": None, "host": "localhost", "role": "hybrid", "local": True, "abilities": ["evaluate", "train"]},
-        {"name": "studio", "host": "studio.local", "role": "trainer", "local": False, "abilities": ["train"]},
-    ]
-    picture = Picture(cluster={"schema": "x", "nodes": nodes, "launch": {"twin": "auto"}})
-    shown = text.plain_lines(fleet.cluster_lines(picture, 120))
-    assert "not used by this version" in next(line for line in shown.split("\n") if "studio" in line)
-    assert "this machine" in next(line for line in shown.split("\n") if "localhost" in line)
-    assert fleet.local_abilities(picture.cluster) == "evaluate, train"
 
 
 def test_a_broken_domain_shows_every_problem() -> None:

@@ -1,0 +1,127 @@
+"""What a person may do to the machines of an open fleet: take in, trust, send the environment, link, take out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from jupiter_engine.cluster.fleet import Fleet
+from jupiter_engine.cluster.inventory import Inventory
+from jupiter_engine.cluster.joining import Decide, Joined, join, settle_key
+from jupiter_engine.cluster.link import link
+from jupiter_engine.errors import JupiterError, UsageError
+from jupiter_engine.remote.host_keys import OfferedKey
+from jupiter_engine.remote.port import Connection
+from jupiter_engine.settings.cluster import (
+    ClusterSettings,
+    GroupSpec,
+    NodeSpec,
+    default_groups,
+    group_nodes,
+    node_by_name,
+)
+from jupiter_engine.settings.workspace import CLUSTER_FILE
+
+
+class Removed(msgspec.Struct, frozen=True, kw_only=True):
+    """A machine that is no node any more."""
+
+    name: str
+    workdir: str
+    """What Jupiter put there stays there."""
+    warnings: tuple[str, ...] = ()
+    """What the cluster file says about itself now."""
+
+
+async def add(fleet: Fleet, node: NodeSpec, decide: Decide, say: Callable[[str], None]) -> Joined:
+    """Look at a machine and write it into the cluster file; see `joining.join`."""
+    inventory = Inventory(fleet.root / CLUSTER_FILE)
+    return await join(inventory, node, known_hosts=fleet.known_hosts, decide=decide, say=say)
+
+
+async def trust(fleet: Fleet, name: str, decide: Decide) -> tuple[OfferedKey, bool]:
+    """Settle the key of a node and of the jump hosts before it: (its key, whether anything was decided).
+
+    A changed key is put before `decide` as well. Raises what `joining.settle_key` raises.
+    """
+    decided = False
+
+    async def ask(key: OfferedKey, who: str) -> bool:
+        nonlocal decided
+        answer = await decide(key, who)
+        decided = decided or answer
+        return answer
+
+    node = node_by_name(fleet.cluster, name)
+    key = await settle_key(node, fleet.cluster.connection, known_hosts=fleet.known_hosts, decide=ask, replace=True)
+    fleet.wake([node.title()])
+    return key, decided
+
+
+def remove(root: Path, name: str) -> Removed:
+    """Take a node out of the cluster file and of its group. UsageError for the only or an unknown node."""
+    inventory = Inventory(root / CLUSTER_FILE)
+    node = node_by_name(inventory.cluster, name)
+    title = inventory.remove(name)
+    return Removed(name=title, workdir=node.workdir, warnings=inventory.save().warnings)
+
+
+async def push(fleet: Fleet, name: str) -> str:
+    """Bring a node's environment up to date; how far it is stands in the picture. Returns its Python, by path."""
+    # Loaded here: only who sends needs the builder of environments.
+    from jupiter_engine.cluster.push import push_all
+
+    title = node_by_name(fleet.cluster, name).title()
+    try:
+        pushed = await push_all(fleet, fleet.cluster, fleet.root, [title], fleet.show_transfer)
+    finally:
+        fleet.show_transfer(title, None)
+    environment = pushed[title]
+    if isinstance(environment, JupiterError):
+        raise environment
+    await fleet.refresh_facts(names=[title])
+    return environment.python
+
+
+def groups_named(cluster: ClusterSettings, name: str | None) -> tuple[GroupSpec, ...]:
+    """The groups called so, all of them without a name; UsageError if there is none."""
+    groups = cluster.groups or default_groups(cluster)
+    chosen = tuple(group for group in groups if name in (None, group.name))
+    if not chosen:
+        have = ", ".join(group.name for group in groups) or "none"
+        what = "there is no group" if name is None else f"there is no group {name!r} (there: {have})"
+        raise UsageError(what, fix="see `groups` in docs/config.md")
+    return chosen
+
+
+async def connections_of(fleet: Fleet, group: GroupSpec) -> tuple[dict[str, Connection], dict[str, JupiterError]]:
+    """Connections to the nodes of a group, and why there is none to the others; both by the node's name."""
+    names = [node.title() for node in group_nodes(fleet.cluster, group)]
+    wait_s = fleet.cluster.connection.connect_timeout_s
+    answers = await asyncio.gather(*(fleet.connection(name, wait_s=wait_s) for name in names), return_exceptions=True)
+    connections: dict[str, Connection] = {}
+    problems: dict[str, JupiterError] = {}
+    for name, answer in zip(names, answers, strict=True):
+        if isinstance(answer, JupiterError):
+            problems[name] = answer
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            connections[name] = answer
+    return connections, problems
+
+
+async def link_group(fleet: Fleet, name: str) -> tuple[str, tuple[str, ...]]:
+    """Let the leading node of a group call the others: (the leading node, the nodes that it reaches).
+
+    Raises the first node's problem if one of them cannot be called from here, else what `link.link` raises.
+    """
+    (group,) = groups_named(fleet.cluster, name)
+    connections, problems = await connections_of(fleet, group)
+    if problems:
+        raise next(iter(problems.values()))
+    files = await link(fleet.cluster, group, connections, root=fleet.root, known_hosts=fleet.known_hosts)
+    return group_nodes(fleet.cluster, group)[0].title(), tuple(files.aliases)
