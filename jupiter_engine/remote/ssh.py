@@ -26,6 +26,7 @@ STREAM_WAIT_S: Final = 60.0
 REFUSED_PAUSES_S: Final = (0.1, 0.3, 0.6)
 WINDOW_BYTES: Final = 4 << 20
 END_WITHIN_S: Final = 15.0
+CLOSE_WITHIN_S: Final = 2.0
 PIECE_BYTES: Final = 256 << 10
 
 # Ends a command that nobody waits for any more: its process group, gently and then for good. A group's number is
@@ -125,7 +126,10 @@ class SshConnection(FileCommands):
 
     async def close(self) -> None:
         self._closing = True
-        for task in self._ending:
+        if self._ending and self._called.client.cause is None:
+            # What nobody waits for any more is still to be ended there.
+            await asyncio.wait(self._ending, timeout=CLOSE_WITHIN_S)
+        for task in [*self._ending]:
             task.cancel()
         await asyncio.gather(*self._ending, return_exceptions=True)
         await self._called.close()

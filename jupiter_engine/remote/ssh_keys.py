@@ -48,8 +48,7 @@ def choose(call: Call, *, identity: str | None, config: Any) -> Keys:
     listed = [Path(text).expanduser() for text in config.get("IdentityFile", ())]
     only_listed = bool(config.get("IdentitiesOnly")) or identity is not None
     files = [Path(identity).expanduser()] if identity is not None else listed
-    agent = config.get("IdentityAgent") or os.environ.get("SSH_AUTH_SOCK", "")
-    keys = Keys(agent=None if agent in ("", "none") else str(Path(agent).expanduser()))
+    keys = Keys(agent=_agent(config.get("IdentityAgent")))
     public: list[bytes] = []
     for file in files or [path.expanduser() for path in DEFAULT_FILES]:
         blob = _add(file, keys, call, required=identity is not None)
@@ -64,6 +63,15 @@ def choose(call: Call, *, identity: str | None, config: Any) -> Keys:
         call.locked = tuple(keys.locked)
         raise failures.locked_key(call)
     return keys
+
+
+def _agent(named: str | None) -> str | None:
+    """Socket of the agent, as IdentityAgent of the ssh config names it; None: there is none."""
+    if named is None or named == "SSH_AUTH_SOCK":
+        named = "$SSH_AUTH_SOCK"
+    if named.startswith("$"):
+        named = os.environ.get(named[1:].strip("{}"), "")
+    return None if named in ("", "none") else str(Path(named).expanduser())
 
 
 def _add(file: Path, keys: Keys, call: Call, *, required: bool) -> bytes | None:

@@ -162,8 +162,9 @@ class LocalConnection(FileCommands):
         finally:
             if process.returncode is None:
                 _signal_group(process, signal.SIGKILL)
-                await process.wait()
+            # First: a pipe that nobody reads any more would never be seen to end, and asyncio waits for that.
             _close_pipes(process)
+            await process.wait()
         return _completed(status, bytes(gathered.output), bytes(gathered.errors))
 
     async def stream(self, argv: Sequence[str]) -> LocalStream:

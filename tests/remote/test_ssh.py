@@ -209,6 +209,14 @@ async def test_cancelled_commands_free_their_session_and_end(ssh: SshConnection,
     await until(lambda: not any(map(group_lives, groups)))
 
 
+async def test_closing_still_ends_what_was_given_up(sshd: Sshd, tmp_path: Path) -> None:
+    async with calling(sshd) as connection:
+        with pytest.raises(RemoteError, match="did not end"):
+            await connection.run(["sh", "-c", f"echo $$ >{tmp_path}/pid; exec sleep 100"], timeout_s=0.5)
+    group = int((tmp_path / "pid").read_text())
+    await until(lambda: not group_lives(group))
+
+
 async def test_a_command_that_ignores_sigterm_is_killed(ssh: SshConnection, tmp_path: Path) -> None:
     script = f"trap '' TERM; echo $$ >{tmp_path}/pid; while :; do sleep 0.1; done"
     with pytest.raises(RemoteError, match="did not end"):

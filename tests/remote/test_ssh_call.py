@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from jupiter_engine.errors import HostKeyRefused, NodeUnreachable
-from jupiter_engine.remote.failures import LASTING, lasting
+from jupiter_engine.remote.failures import LASTING, Call, lasting
 from jupiter_engine.remote.host_keys import KnownHosts, OfferedKey
 from jupiter_engine.remote.ssh import connect, offered_key
+from jupiter_engine.remote.ssh_keys import choose
 from jupiter_engine.settings.cluster import ConnectionSettings, NodeSpec
 from tests.sshd import Sshd, free_port, make_key, start_sshd
 
@@ -192,6 +193,26 @@ async def test_a_locked_key_works_through_the_agent(tmp_path: Path, agent: Path)
         assert (error.reason, "too many keys" in error.detail) == ("auth", True)
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize(
+    ("named", "agent"),
+    [
+        (None, "/env"),
+        ("SSH_AUTH_SOCK", "/env"),
+        ("$OTHER", "/other"),
+        ("${OTHER}", "/other"),
+        ("$UNSET", None),
+        ("none", None),
+        ("/a b/agent.sock", "/a b/agent.sock"),
+    ],
+)
+def test_the_agent_of_the_config(named: str | None, agent: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSH_AUTH_SOCK", "/env")
+    monkeypatch.setenv("OTHER", "/other")
+    monkeypatch.delenv("UNSET", raising=False)
+    call = Call(name="mini", host="mini", port=22, user="ada")
+    assert choose(call, identity=None, config={"IdentityAgent": named}).agent == agent
 
 
 async def test_an_agent_that_is_gone_does_no_harm(sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
