@@ -1,6 +1,6 @@
 """Starting and keeping a ring of MLX ranks: Jupiter's two launchers against stock mlx.launch, on the same hosts.
 
-    .venv/bin/python scripts/bench/launch.py [--hosts 2] [--rounds 3] [--seconds 10]
+    .venv/bin/python scripts/bench/launch.py [--hosts 2] [--rounds 3] [--seconds 10] [--here]
 
 As root on Linux the hosts are namespaces with their own network, processes and sshd (tests/rig.py), one rank on each;
 otherwise all ranks run on this machine. Launchers take turns (stock, ours, ours, stock, ...), and ratios are medians
@@ -70,13 +70,14 @@ class Field:
 
     def launcher_processes(self, started: int, rank_pids: set[int]) -> list[psutil.Process]:
         """All that was not there before and is no rank; on one machine only what the launcher started or is ours."""
-        fresh = [psutil.Process(pid) for pid in self._pids() - self._before - rank_pids if psutil.pid_exists(pid)]
+        new = self._pids() - self._before - rank_pids
+        fresh = [process for process in psutil.process_iter() if process.pid in new]
         if self.rig is not None:
             return fresh
         root = psutil.Process(started)
         family = {process.pid for process in (root, *root.children(recursive=True))}
         here = str(self.folders[0])
-        return [p for p in fresh if p.pid in family or any(here in word for word in p.cmdline())]
+        return [process for process in fresh if process.pid in family or any(here in w for w in command(process))]
 
     def ranks(self) -> set[int]:
         """The ranks' processes, by this machine's numbers."""
@@ -162,19 +163,20 @@ def measure(field: Field, launcher: str) -> dict[str, float]:
     argv, environment = stock(field) if launcher == LAUNCHERS[0] else ours(field, launcher.split()[1])
     began = time.time()
     process = field.start(argv, environment)
-    while "window_begins_at" not in field.result():
-        if process.poll() is not None or time.time() - began > 120:
-            raise SystemExit(f"{launcher} did not start its ranks")
-        time.sleep(0.1)
-    family = field.launcher_processes(process.pid, field.ranks())
-    first, first_at = cpu_seconds(family), time.monotonic()
-    time.sleep(max(1.0, field.seconds - 1.5))
-    spent_s, took_s = cpu_seconds(family) - first, time.monotonic() - first_at
     try:
+        while "window_begins_at" not in field.result():
+            if process.poll() is not None or time.time() - began > 120:
+                raise SystemExit(f"{launcher} did not start its ranks")
+            time.sleep(0.1)
+        family = field.launcher_processes(process.pid, field.ranks())
+        first, first_at = cpu_seconds(family), time.monotonic()
+        time.sleep(max(1.0, field.seconds - 1.5))
+        spent_s, took_s = cpu_seconds(family) - first, time.monotonic() - first_at
         process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    finally:
+        if process.poll() is None and field.rig is None:
+            # On a rig everything ends with its hosts.
+            os.killpg(process.pid, signal.SIGTERM)
     result = field.result()
     values = (
         result["first_sum_at"] - began,
@@ -183,6 +185,14 @@ def measure(field: Field, launcher: str) -> dict[str, float]:
         result["steps_per_s"],
     )
     return dict(zip(MEASURES, values, strict=True))
+
+
+def command(process: psutil.Process) -> list[str]:
+    """Its command line; empty for one that has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def cpu_seconds(processes: list[psutil.Process]) -> float:
@@ -201,9 +211,10 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=2, help="hosts of one rank each; without a rig: ranks")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="how long the ranks train")
+    parser.add_argument("--here", action="store_true", help="all ranks on this machine, even where a rig is possible")
     args = parser.parse_args()
     with ExitStack() as stack:
-        reason = why_no_rig()
+        reason = "--here" if args.here else why_no_rig()
         rig = stack.enter_context(Rig(args.hosts)) if reason is None else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         field = Field(rig, args.hosts, folder, args.seconds)
