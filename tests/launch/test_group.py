@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from tests.launch.launches import KINDS, Launch
 from tests.rig import Rig, needs_rig
 
+ROOT = Path(__file__).resolve().parents[2]
 Make = Callable[..., Launch]
 
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind != "direct-mlx" else ()) for kind in KINDS]
@@ -444,3 +446,21 @@ def test_a_full_disk_ends_the_launch_in_words(make: Make, rank: str, name: str) 
         assert launch.last_line()["reason"].startswith(f"{name}: ")
         assert "is full" in launch.last_line()["reason"] or "No space left" in launch.last_line()["reason"]
         launch.assert_nothing_left(10.0)
+
+
+@needs_rig
+@pytest.mark.slow
+def test_far_ranks_can_see_whether_they_are_wanted(make: Make, rig: Rig) -> None:
+    launch = make("direct-mlx", rig=rig, ranks=(1, 1), order={"twin": "", "seconds": 60.0})
+    launch.start()
+    launch.until_joined()
+    look = (
+        "import sys; from pathlib import Path; from jupiter_engine.worker.rank import _wanted; "
+        "print(_wanted(Path(sys.argv[1]), int(sys.argv[2])))"
+    )
+    argv = ("env", f"PYTHONPATH={ROOT}", sys.executable, "-c", look, str(launch.run_folders["node2"]))
+    assert rig["node2"].run(*argv, str(launch.generation)).stdout == "True\n"
+    assert rig["node2"].run(*argv, str(launch.generation + 1)).stdout == "False\n"
+    os.kill(launch.pid(), signal.SIGTERM)
+    assert launch.wait() == 143
+    assert rig["node2"].run(*argv, str(launch.generation)).stdout == "False\n"
