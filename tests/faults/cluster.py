@@ -130,7 +130,7 @@ class Cluster:
                 line = psutil.Process(pid).cmdline()
             except psutil.NoSuchProcess:
                 continue
-            if any("jupiter" in word or ".pyz" in word for word in line):
+            if any("jupiter_engine" in word or ".pyz" in word for word in line):
                 found.append(line)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -94,3 +95,72 @@ def test_the_next_host_leads_when_the_leading_one_is_gone(rig: Rig, tmp_path: Pa
     started = [text for text in cluster.notices() if "works on" in text]
     assert started[0].endswith("works on node1, node2, node3")
     assert started[1].endswith("works on node2, node3")
+
+
+def test_an_mlx_ring_by_mlx_launch_survives_a_link_that_is_cut_and_a_killed_rank(rig: Rig, tmp_path: Path) -> None:
+    cluster = Cluster(rig, tmp_path / "workspace", launcher="mlx.launch", twin="mlx", steps=60)
+    leader, second, third = rig.hosts
+    cluster.jupiter("nodes", "link", "--group", "all")
+    cluster.start()
+    cluster.wait(lambda: cluster.step_here() >= 3, "the first steps", 180.0)
+
+    # The cable between two hosts is out for some seconds: nothing dies of it.
+    second.cut()
+    time.sleep(6.0)
+    second.heal()
+    cluster.wait_for_steps(2)
+    assert cluster.generation(leader) == 1
+
+    os.kill(cluster.rank_pid(third), signal.SIGKILL)
+    cluster.wait_for_notice("rank 2 on node3", "KILL")
+    cluster.wait(lambda: cluster.generation(leader) == 2, "the second launch")
+    cluster.finish()
+    cluster.check_whole()
+    # Nothing of mlx.launch is left in the hosts' temporary folders.
+    for host in rig.hosts:
+        assert not [path for path in (host.disk / "tmp").iterdir() if path.name.startswith("tmp.")], host.name
+
+
+def test_every_role_works_on_its_own_host(rig: Rig, tmp_path: Path) -> None:
+    cluster = Cluster(rig, tmp_path / "workspace", launcher="direct", twin="torch", steps=12)
+    roles = {"node1": "generator", "node2": "evaluator", "node3": "trainer"}
+    file = tmp_path / "workspace" / "config" / "cluster.yaml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith(("groups:", "  - {name: all"))]
+    text = "\n".join(lines)
+    for name, role in roles.items():
+        text = text.replace(
+            f"name: {name}, device_type: cpu, role: trainer", f"name: {name}, device_type: cpu, role: {role}"
+        )
+    file.write_text(f"{text}\n")
+    cluster.start()
+    cluster.finish()
+    where = {
+        text.split(" works on ")[0].rpartition("-")[2]: text.split(" works on ")[1]
+        for text in cluster.notices()
+        if " works on " in text
+    }
+    assert where == {"generate": "node1", "evaluate": "node2", "train": "node3"}
+    cluster.check_whole()
+
+
+def test_a_full_disk_of_the_leading_host_is_said_and_the_training_goes_on_when_there_is_room(
+    rig: Rig, tmp_path: Path
+) -> None:
+    cluster = Cluster(rig, tmp_path / "workspace", launcher="direct", twin="torch", steps=60)
+    leader = rig["node1"]
+    cluster.jupiter("nodes", "link", "--group", "all")
+    cluster.start()
+    cluster.wait(lambda: cluster.step_here() >= 3, "the first steps", 180.0)
+    filler = leader.disk / "filler"
+    with filler.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+    assert cluster.engine is not None
+    cluster.wait(lambda: cluster.engine is not None and cluster.engine.poll() is not None, "the cycle's end", 120.0)
+    assert cluster.status() == "failed", cluster.story()
+    shown = cluster.jupiter("status").stdout
+    assert "The disk is full" in shown, shown
+    filler.unlink()
+    cluster.start()
+    cluster.finish()
+    cluster.check_whole()
