@@ -160,11 +160,7 @@ class LocalConnection(FileCommands):
             text = f"{self.name}: {argv[0]} wrote more than {bytes_text(limit_bytes)}"
             raise RemoteError(text, host=self.host, argv=tuple(argv)) from group_error
         finally:
-            if process.returncode is None:
-                _signal_group(process, signal.SIGKILL)
-            # First: a pipe that nobody reads any more would never be seen to end, and asyncio waits for that.
-            _close_pipes(process)
-            await process.wait()
+            await _end_at_once(process)
         return _completed(status, bytes(gathered.output), bytes(gathered.errors))
 
     async def stream(self, argv: Sequence[str]) -> LocalStream:
@@ -179,8 +175,8 @@ class LocalConnection(FileCommands):
         # A command over ssh begins in the home folder and without a terminal; so it does here. One that cannot be
         # started ends with 127 there, and /bin/sh sees to that here as well.
         vector = ("/bin/sh", "-c", 'exec "$@"', "sh", *argv)
-        try:
-            return await asyncio.create_subprocess_exec(
+        starting = asyncio.create_task(
+            asyncio.create_subprocess_exec(
                 *(os.fsencode(argument) for argument in vector),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -188,6 +184,13 @@ class LocalConnection(FileCommands):
                 cwd=Path.home(),
                 start_new_session=True,
             )
+        )
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # asyncio itself would kill the process alone, and then wait for all that hold its pipes.
+            await _end_at_once(await starting)
+            raise
         except OSError as error:
             text = f"{self.name}: {argv[0]} could not be started: {error}"
             raise RemoteError(text, host=self.host, argv=tuple(argv)) from error
@@ -267,6 +270,15 @@ def _completed(status: int, output: bytes, errors: bytes) -> Completed:
     return Completed(
         exit_status=None, signal=signal.Signals(-status).name.removeprefix("SIG"), stdout=output, stderr=errors
     )
+
+
+async def _end_at_once(process: asyncio.subprocess.Process) -> None:
+    """Nothing of it remains, whether it had ended or not."""
+    if process.returncode is None:
+        _signal_group(process, signal.SIGKILL)
+    # First: a pipe that nobody reads any more would never be seen to end, and asyncio waits for that.
+    _close_pipes(process)
+    await process.wait()
 
 
 def _signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
