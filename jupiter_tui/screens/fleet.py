@@ -83,7 +83,9 @@ class FleetPage(Page):
             self.set_class(name == self._on, f"-on-{name}")
         nodes = self.query_one("#nodes", Rows)
         edges = 1 if width < 100 or height < 32 else 2
-        wanted = max(3, min(len(fleet.nodes) + 1, (height - 4) * 2 // 5)) + edges
+        # Without nodes the reason stands there, which may be long.
+        rows = len(fleet.nodes) + 1 if fleet.nodes else 7
+        wanted = max(3, min(rows, (height - 4) * 2 // 5)) + edges
         if self._zoom != "nodes" and (nodes.styles.height is None or nodes.styles.height.value != wanted):
             # Only on change: a new height lays the whole page out again.
             nodes.styles.height = wanted

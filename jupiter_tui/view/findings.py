@@ -83,7 +83,8 @@ def list_findings(fleet: FleetPicture, width: int, chosen: int, *, folded: bool)
         lines += finding_lines(finding, width, chosen=number == chosen, fix_key="f does it")
     well = sum(one.severity == "ok" for one in fleet.findings)
     if folded and well:
-        lines.append([("  ", ""), _MARKS["ok"], (f" {well} checks are well", ""), ("  (o shows them)", "dim")])
+        words = "1 check is well" if well == 1 else f"{well} checks are well"
+        lines.append([("  ", ""), _MARKS["ok"], (f" {words}", ""), ("  (o shows what is well)", "dim")])
     return Listed(lines, shown, tuple(starts))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from jupiter_engine.api import Discovered, OfferedKey
+from jupiter_engine.cluster.joining import Joined
 from jupiter_engine.cluster.upkeep import Removed
 from jupiter_engine.errors import JupiterError
 from jupiter_engine.protocol.fleet import (
@@ -245,19 +246,23 @@ class PlayedMachines:
         self, node: NodeSpec, ask: Callable[[OfferedKey, str], Future[bool]], say: Callable[[str], None]
     ) -> Future[Any]:
         say(f"looking at {node.title()}")
-        return self._decided("add", node, ask, node.title())
+        if self.key is None:
+            return self._done("add", node, Joined(node=node, facts=facts(node.title())))
+        return self._decided("add", node, ask, node.title(), Joined(node=node, facts=facts(node.title())))
 
     def trust(self, name: str, ask: Callable[[OfferedKey, str], Future[bool]]) -> Future[tuple[OfferedKey, bool]]:
         return self._decided("trust", name, ask, name)
 
-    def _decided(self, what: str, about: Any, ask: Callable[[OfferedKey, str], Future[bool]], who: str) -> Future[Any]:
+    def _decided(
+        self, what: str, about: Any, ask: Callable[[OfferedKey, str], Future[bool]], who: str, result: Any = None
+    ) -> Future[Any]:
         assert self.key is not None
         key = self.key
         future: Future[Any] = Future()
 
         def answered(answer: Future[bool]) -> None:
             self.asked.append((what, (about, answer.result())))
-            future.set_result((key, answer.result()))
+            future.set_result(result or (key, answer.result()))
 
         ask(key, who).add_done_callback(answered)
         return future
