@@ -23,6 +23,7 @@ from typing import Final
 import msgspec
 
 from jupiter_engine.errors import JupiterError, NodeUnreachable, RemoteError
+from jupiter_engine.remote.addresses import TELLING
 from jupiter_engine.units import plain_text
 
 LASTING: Final = frozenset(
@@ -151,8 +152,7 @@ def _errno(error: OSError) -> int | None:
     if error.errno is not None:
         return error.errno
     found = {int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))}
-    telling = (errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH)
-    return next((number for number in telling if number in found), None)
+    return next((number for number in TELLING if number in found), None)
 
 
 def _not_forwarded(error: Exception, call: Call) -> NodeUnreachable:

@@ -14,6 +14,7 @@ from asyncssh.public_key import get_default_certificate_algs
 
 from jupiter_engine.errors import RemoteError
 from jupiter_engine.remote import failures, host_keys, ssh_keys
+from jupiter_engine.remote.addresses import open_socket
 from jupiter_engine.remote.failures import Call
 from jupiter_engine.remote.host_keys import SSH_CONFIG as SSH_CONFIG
 from jupiter_engine.remote.host_keys import Known, KnownHosts, OfferedKey
@@ -26,8 +27,6 @@ KEEPALIVES: Final = 3
 # Before asyncssh's own order, whose first is computed in Python around a library: twice as fast in bulk, and a third
 # less work in calling (scripts/bench/fanout.py). Every OpenSSH has them.
 CIPHERS_FIRST: Final = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
-# Seconds after which the next address of a name is tried beside the first: a .local name has several.
-NEXT_ADDRESS_S: Final = 0.25
 _PREFERRED_KEYS: Final = (
     "ssh-ed25519",
     "ecdsa-sha2-nistp256",
@@ -120,14 +119,9 @@ class _Tcp:
         self._options = options
 
     async def create_connection(self, factory: Callable[[], Any], host: str, port: int) -> tuple[Any, Any]:
-        return await asyncio.get_running_loop().create_connection(
-            factory,
-            host,
-            port,
-            family=self._options.family,
-            local_addr=self._options.local_addr,
-            happy_eyeballs_delay=NEXT_ADDRESS_S,
-        )
+        options = self._options
+        sock = await open_socket(host, port, family=options.family, local_address=options.local_addr)
+        return await asyncio.get_running_loop().create_connection(factory, sock=sock)
 
 
 def _over(options: asyncssh.SSHClientConnectionOptions, way: Called | None) -> Any:
