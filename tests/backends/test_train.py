@@ -227,3 +227,13 @@ def _draw(twin: Twin) -> float:
     import mlx.core as mx
 
     return float(np.array(mx.random.uniform()))
+
+
+def test_what_remains_of_a_group_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX refuses a ring of one; a group whose other machines were all left out is one."""
+    from jupiter_engine.backends.mlx.train import join_group
+
+    monkeypatch.setenv("JUPITER_RANKS", "1")
+    group = join_group()
+    assert (group.rank, group.ranks) == (0, 1)
+    assert group.exchange([2.0]).tolist() == [[2.0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +31,9 @@ Weights = dict[str, mx.array]
 
 
 def join_group() -> Alone:
-    """Join the ring that mlx.launch started this process for."""
-    return RingGroup()
+    """Join the group that the launcher started this process for."""
+    # MLX refuses a ring of one, which is what remains of a group whose other machines were left out.
+    return Alone() if os.environ.get("JUPITER_RANKS") == "1" else RingGroup()
 
 
 def open_trainer(
