@@ -20,8 +20,8 @@ from jupiter_engine.cluster.contents import Contents, HashCache
 from jupiter_engine.cluster.conversation import Node, nonsense
 from jupiter_engine.errors import RemoteError
 from jupiter_engine.files import disk_full, require_free, sha256_file, sync_folder
+from jupiter_engine.node import wire
 from jupiter_engine.node.errors import NodeError
-from jupiter_engine.node.store import SMALL_BYTES
 from jupiter_engine.node.trees import Manifest, manifest_of, manifest_sha
 from jupiter_engine.units import bytes_text
 
@@ -186,7 +186,7 @@ def plan(
 
 def _here(mine: Contents, target: Path, manifest: Manifest) -> dict[str, Path]:
     """Files of the target by hash; the one that keeps its name before any other."""
-    here = {file.sha256: file.path for file in mine.files.values()}
+    here = {file.sha256: Path(file.path) for file in mine.files.values()}
     for name, (sha256, _, _) in manifest.items():
         file = mine.files.get(name)
         if file is not None and file.sha256 == sha256:
@@ -203,6 +203,6 @@ def _asked(fetch: Fetch) -> list[Item]:
         if done.is_file() and done.stat().st_size == size and sha256_file(done) == sha256:
             continue
         done.unlink(missing_ok=True)
-        offset = min(part.stat().st_size, size) if part.is_file() and size > SMALL_BYTES else 0
+        offset = min(part.stat().st_size, size) if part.is_file() and size > wire.SMALL_BYTES else 0
         asked[sha256] = Item(name, sha256, size, offset)
     return list(asked.values())

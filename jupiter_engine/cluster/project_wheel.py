@@ -26,7 +26,7 @@ def project_wheel(folder: Path) -> LocalFile:
     if not path.is_file() or path.stat().st_size != len(data):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)
-    return LocalFile(path, sha256, len(data), False)
+    return LocalFile(str(path), sha256, len(data), executable=False)
 
 
 def package() -> Traversable:

@@ -159,7 +159,7 @@ class _Push:
         self._on_transfer, self._mode, self._wanted = on_transfer, mode, wanted
         key = hashlib.sha256(f"{spec.title()}\n{spec.host}\n{node.workdir}".encode()).hexdigest()[:16]
         self._note_path = house.locks.parent / "nodes" / f"{key}.json"
-        self._code = LocalFile(Path(), "", 0, executable=False)
+        self._code = LocalFile("", "", 0, executable=False)
 
     async def run(self) -> Environment:
         self._code = await asyncio.to_thread(project_wheel, self._house.files)
@@ -311,11 +311,11 @@ class _Push:
     async def _files(self, target: Target, wheels: Sequence[Wheel]) -> list[LocalFile]:
         """Wheels of this machine; one that its disk damaged is fetched anew."""
         files = await self._house.fetch(target, wheels, self._on_transfer)
-        named = {file.sha256: file.path for file in files}
+        named = {file.sha256: Path(file.path) for file in files}
         contents = await asyncio.to_thread(self._hashes.contents, named)
         damaged = [file for name, file in contents.files.items() if file.sha256 != name]
         for file in damaged:
-            file.path.unlink()
+            self._house.drop(file)
         return await self._house.fetch(target, wheels, self._on_transfer) if damaged else files
 
     async def _from_index(self, lock: Lock, python: dict[str, Any]) -> tuple[tuple[Wheel, ...] | None, str]:

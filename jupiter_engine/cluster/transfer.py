@@ -8,6 +8,7 @@ which files its store lacks, and how much of each, and gets only those.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from jupiter_engine.cluster.frames import NodeRefused
 from jupiter_engine.cluster.progress import Meter, OnTransfer
 from jupiter_engine.errors import DiskFull, JupiterError, RemoteError, StageFailed
 from jupiter_engine.node import wire
-from jupiter_engine.node.store import SMALL_BYTES
 from jupiter_engine.remote.port import Stream
 from jupiter_engine.units import bytes_text, plain_text
 
@@ -72,11 +72,16 @@ async def send_tree(
     meter = Meter(on_transfer, what)
     why = ""
     for _ in range(ATTEMPTS):
-        contents = await asyncio.to_thread(hashes.contents, source)
+        # The node looks at its folder while we look at ours.
+        argv = node.argv("tree-take", node.workdir, folder, *(() if isinstance(source, Path) else ("beside",)))
+        stream = await node.connection.stream(argv)
         try:
-            return await _send_contents(node, contents, folder, meter, exact=isinstance(source, Path))
+            contents = await asyncio.to_thread(hashes.contents, source)
+            return await _send_contents(node, stream, contents, meter, exact=isinstance(source, Path))
         except _Refused as refused:
             why = refused.why
+        finally:
+            await stream.close()
     raise _given_up(node, why)
 
 
@@ -88,39 +93,35 @@ def _given_up(node: Node, why: str) -> JupiterError:
     return RemoteError(detail, host=node.connection.host, fix="another push to that node may be going on; then repeat")
 
 
-async def _send_contents(node: Node, contents: Contents, folder: str, meter: Meter, *, exact: bool) -> Sent:
+async def _send_contents(node: Node, stream: Stream, contents: Contents, meter: Meter, *, exact: bool) -> Sent:
     total = contents.total_bytes
-    manifest = msgspec.json.encode({"files": contents.manifest()}) + b"\n"
-    arguments = (node.workdir, folder, contents.sha256, *(() if exact else ("beside",)))
-    stream = await node.connection.stream(node.argv("tree-take", *arguments))
+    manifest = {"sha256": contents.sha256, "files": contents.manifest()}
     try:
-        if not exact:
-            await stream.write(manifest)
+        first = {"sha256": contents.sha256} if exact else manifest
+        await stream.write(msgspec.json.encode(first) + b"\n")
         if (await answer_of(node, stream)).get("current") is True:
             meter.expect(total, there_bytes=total)
             return Sent(contents.sha256, len(contents.files), total, 0)
         if exact:
-            await stream.write(manifest)
+            await stream.write(msgspec.json.encode(manifest) + b"\n")
         answer = await answer_of(node, stream, wire.LIST_BYTES)
         files = {file.sha256: file for file in contents.files.values()}
         missing = _missing(node, answer, files)
         moved = sum(file.size - offset for file, offset in missing)
         # Small files are kept by the store and written once more into the folder.
-        placed = sum(file.size for file in contents.files.values() if file.size <= SMALL_BYTES)
+        placed = sum(file.size for file in contents.files.values() if file.size <= wire.SMALL_BYTES)
         _require_room(node, answer, moved + placed)
         meter.expect(total, there_bytes=total - moved)
         await pour(node, stream, missing, meter)
         meter.step("verifying")
         answer = await answer_of(node, stream, wire.LIST_BYTES)
-        if answer.get("placed") is not True:
-            raise _Refused(_why(answer))
-        return Sent(contents.sha256, len(contents.files), total, moved)
     except NodeRefused as error:
         if error.reason == "store_damaged":
             raise _Refused("hash") from error
         raise
-    finally:
-        await stream.close()
+    if answer.get("placed") is not True:
+        raise _Refused(_why(answer))
+    return Sent(contents.sha256, len(contents.files), total, moved)
 
 
 async def send_files(
@@ -189,9 +190,15 @@ async def pour(node: Node, stream: Stream, missing: Sequence[tuple[LocalFile, in
     """Send the frames. An error that the node answered meanwhile is raised rather than the closed pipe it causes."""
     batches = frames(missing)
     try:
-        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
-            await stream.write(batch[0])
-            meter.add(batch[1])
+        batch = await asyncio.to_thread(next, batches, None)
+        while batch is not None:
+            # The next piece is read while this one is on its way.
+            reading = asyncio.create_task(asyncio.to_thread(next, batches, None))
+            try:
+                await stream.write(batch[0])
+                meter.add(batch[1])
+            finally:
+                batch = await reading
         await stream.write(b'{"end":true}\n')
         await stream.close_input()
     except RemoteError as error:
@@ -207,12 +214,14 @@ def frames(missing: Iterable[tuple[LocalFile, int]]) -> Iterator[tuple[bytes, in
     file that became shorter."""
     batch, content = bytearray(), 0
     for file, offset in missing:
-        batch += msgspec.json.encode({"sha256": file.sha256, "size": file.size, "offset": offset}) + b"\n"
+        batch += b'{"sha256":"%s","size":%d,"offset":%d}\n' % (file.sha256.encode(), file.size, offset)
         left = file.size - offset
-        with file.path.open("rb", buffering=0) as source:
-            source.seek(offset)
+        # Plain descriptors: with thousands of small files the objects around them cost more than reading.
+        descriptor = os.open(file.path, os.O_RDONLY)
+        try:
+            os.lseek(descriptor, offset, os.SEEK_SET)
             while left:
-                piece = source.read(min(left, BATCH_BYTES))
+                piece = os.read(descriptor, min(left, BATCH_BYTES))
                 if not piece:
                     raise StageFailed(f"{file.path} became shorter while it was sent", fix="repeat when it is complete")
                 batch += piece
@@ -221,6 +230,8 @@ def frames(missing: Iterable[tuple[LocalFile, int]]) -> Iterator[tuple[bytes, in
                 if len(batch) >= BATCH_BYTES:
                     yield bytes(batch), content
                     batch, content = bytearray(), 0
+        finally:
+            os.close(descriptor)
     if batch:
         yield bytes(batch), content
 

@@ -138,8 +138,12 @@ class Wheelhouse:
         """The file of a wheel, if it is here."""
         path = self.files / wheel.sha256
         with suppress(FileNotFoundError):
-            return LocalFile(path, wheel.sha256, path.stat().st_size, False)
+            return LocalFile(str(path), wheel.sha256, path.stat().st_size, executable=False)
         return None
+
+    def drop(self, file: LocalFile) -> None:
+        """Remove a wheel that is not what its name says."""
+        Path(file.path).unlink(missing_ok=True)
 
     def complete(self, lock: Lock) -> bool:
         """Whether all of a lock's wheels are here."""

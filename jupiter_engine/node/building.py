@@ -27,8 +27,19 @@ from typing import Any
 from .environment import Layout, environment_name, ready_environment
 from .errors import NodeError
 from .files import read_json
-from .store import UNTOUCHED_S, Store, hash_file
-from .wire import count_of, locked, read_header, relative, say, sha_of, standard_input, write_whole
+from .store import Store
+from .wire import (
+    UNTOUCHED_S,
+    count_of,
+    hash_file,
+    locked,
+    read_header,
+    relative,
+    say,
+    sha_of,
+    standard_input,
+    write_whole,
+)
 
 ORDER_BYTES = 4 << 20
 TICK_S = 0.5
@@ -56,7 +67,7 @@ class Wheel:
 
     def place(self, store: Store, folder: Path) -> Path:
         target = folder / self.filename
-        store.place(self.sha256, self.size, target)
+        store.place(self.sha256, self.size, str(target))
         return target
 
 

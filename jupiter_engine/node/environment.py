@@ -27,9 +27,8 @@ from typing import Any
 from . import identity
 from .errors import NodeError
 from .files import read_json
-from .store import UNTOUCHED_S
 from .tools import run_tool, search_path
-from .wire import argument, locked, relative, say, write_whole
+from .wire import UNTOUCHED_S, argument, locked, relative, say, write_whole
 
 MINIMUM = (3, 11)
 """Oldest Python that Jupiter's workers run on."""

@@ -22,10 +22,11 @@ import os
 import shutil
 import stat
 import sys
+import threading
 import time
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
 from .errors import NodeError
@@ -33,12 +34,16 @@ from .files import write_all
 from .wire import (
     CHUNK_BYTES,
     LIST_BYTES,
+    SMALL_BYTES,
+    UNTOUCHED_S,
     argument,
     count_of,
+    hash_file,
     is_full,
     items_of,
     locked,
     no_room,
+    pieces,
     read_header,
     say,
     sha_of,
@@ -46,11 +51,12 @@ from .wire import (
     write_whole,
 )
 
-SMALL_BYTES = 64 * 1024
 PACK_BYTES = 16 << 20
 """A pack is closed once it holds so much: what an interruption can cost."""
 PACK_AGE_S = 2.0
-UNTOUCHED_S = 1_000_000_000
+FLUSH_BYTES = 16 << 20
+REMEMBERED_BYTES = 64 << 20
+"""Small files that have just arrived and been checked are placed from memory, up to so much."""
 PART_KEPT_S = 7 * 86400.0
 
 
@@ -68,6 +74,14 @@ class Store:
         self.packs = self.folder / "packs"
         self.packs.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._small: dict[str, tuple[Path, int, int]] | None = None
+        self._remembered: dict[str, bytes] = {}
+        self._remembered_bytes = 0
+
+    def remember(self, sha256: str, data: bytes) -> None:
+        """Keep checked content of a small file at hand."""
+        if self._remembered_bytes + len(data) <= REMEMBERED_BYTES:
+            self._remembered[sha256] = data
+            self._remembered_bytes += len(data)
 
     def path(self, sha256: str) -> Path:
         return self.folder / sha256
@@ -122,6 +136,8 @@ class Store:
 
     def read_small(self, sha256: str) -> bytes | None:
         """Content of a file in a pack, checked; a damaged one is forgotten and None."""
+        if sha256 in self._remembered:
+            return self._remembered[sha256]
         place = self.small().get(sha256)
         if place is None:
             return None
@@ -145,7 +161,7 @@ class Store:
         os.utime(path, (time.time(), UNTOUCHED_S))
         path.replace(self.path(sha256))
 
-    def place(self, sha256: str, size: int, target: Path, *, executable: bool = False) -> None:
+    def place(self, sha256: str, size: int, target: str, *, executable: bool = False) -> None:
         """Make `target` (must not exist) out of the store: large files as links to it."""
         data = self.read_small(sha256) if size <= SMALL_BYTES else None
         if data is not None:
@@ -168,7 +184,11 @@ class Store:
         removed = freed = kept = 0
         now = time.time()
         for path in [*self.folder.iterdir(), *self.packs.iterdir()]:
-            found = path.lstat()
+            try:
+                found = path.lstat()
+            except FileNotFoundError:
+                # The index of a pack that has just gone.
+                continue
             if not stat.S_ISREG(found.st_mode) or path.suffix in (".json", ".lock"):
                 continue
             if path.suffix in (".part", ".tmp", ".open"):
@@ -202,7 +222,7 @@ def _write_index(index: Path, entries: list[tuple[str, int, int]]) -> None:
     write_whole(index, json.dumps({"files": entries}).encode())
 
 
-def write_placed(target: Path, data: Iterable[bytes], *, executable: bool) -> None:
+def write_placed(target: str, data: Iterable[bytes], *, executable: bool) -> None:
     """A new file with the fixed modification time."""
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755 if executable else 0o644)
     try:
@@ -213,22 +233,39 @@ def write_placed(target: Path, data: Iterable[bytes], *, executable: bool) -> No
         os.close(descriptor)
 
 
-def pieces(path: Path) -> Iterator[bytes]:
-    """The content, CHUNK_BYTES at a time."""
-    with path.open("rb", buffering=0) as file:
-        while True:
-            piece = file.read(CHUNK_BYTES)
-            if not piece:
-                return
-            yield piece
+class Flusher:
+    """Brings a file to the disk while it is still being written: at its end little is left to wait for."""
 
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._since_bytes = 0
+        self._thread: threading.Thread | None = None
+        self._failed: list[OSError] = []
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of the content, hexadecimal."""
-    digest = hashlib.sha256()
-    for piece in pieces(path):
-        digest.update(piece)
-    return digest.hexdigest()
+    def __enter__(self) -> Flusher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if kind is None:
+            self._sync()
+            if self._failed:
+                # The system tells an error of writing once; it must not get lost in the thread.
+                raise self._failed[0]
+
+    def written(self, size_bytes: int) -> None:
+        self._since_bytes += size_bytes
+        if self._since_bytes >= FLUSH_BYTES and (self._thread is None or not self._thread.is_alive()):
+            self._since_bytes = 0
+            self._thread = threading.Thread(target=self._sync)
+            self._thread.start()
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._failed.append(error)
 
 
 # -- receiving -----------------------------------------------------------------------------------------
@@ -286,10 +323,11 @@ class Receiver:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise Refused("hash")
         if self._pack is None:
-            self._pack_path = self.store.packs / f"{uuid.uuid4().hex}.open"
+            self._pack_path = self.store.packs / f"{os.urandom(16).hex()}.open"
             self._pack = self._pack_path.open("wb", buffering=CHUNK_BYTES)
             self._entries, self._pack_bytes, self._pack_begun = [], 0, time.monotonic()
         self._pack.write(data)
+        self.store.remember(sha256, data)
         self._entries.append((sha256, self._pack_bytes, size))
         self._pack_bytes += size
         if self._pack_bytes >= PACK_BYTES or time.monotonic() - self._pack_begun > PACK_AGE_S:
@@ -324,21 +362,22 @@ class Receiver:
             if digest.hexdigest() != sha256:
                 part.unlink()
                 raise Refused("hash")
-            os.fsync(descriptor)
             self.store.keep(part, sha256)
         finally:
             os.close(descriptor)
 
     def _copy(self, descriptor: int, digest: Any, left_bytes: int) -> None:
         os.lseek(descriptor, 0, os.SEEK_END)
-        while left_bytes:
-            piece = self.source.read(min(left_bytes, CHUNK_BYTES))
-            # What came before the end is kept: the next attempt goes on after it.
-            write_all(descriptor, piece)
-            digest.update(piece)
-            left_bytes -= len(piece)
-            if not piece:
-                raise NodeError("interrupted", f"the input ended {left_bytes} bytes before the end of a file")
+        with Flusher(descriptor) as flusher:
+            while left_bytes:
+                piece = self.source.read(min(left_bytes, CHUNK_BYTES))
+                # What came before the end is kept: the next attempt goes on after it.
+                write_all(descriptor, piece)
+                flusher.written(len(piece))
+                digest.update(piece)
+                left_bytes -= len(piece)
+                if not piece:
+                    raise NodeError("interrupted", f"the input ended {left_bytes} bytes before the end of a file")
 
     def _drain(self, left_bytes: int) -> None:
         while left_bytes:

@@ -16,16 +16,18 @@ import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from . import store
 from .errors import NodeError
 from .identity import boot_id
 from .wire import (
     LIST_BYTES,
+    SMALL_BYTES,
     argument,
     count_of,
+    hash_file,
     is_full,
     locked,
     no_room,
@@ -36,6 +38,9 @@ from .wire import (
     standard_input,
     write_whole,
 )
+
+if TYPE_CHECKING:
+    from .store import Store
 
 SETTLED_NS = 2_000_000_000
 """A file changed so shortly before it was hashed may change again within the clock's grain: not remembered."""
@@ -82,15 +87,22 @@ class Tree:
     """A folder, and what is remembered of it."""
 
     def __init__(self, workdir: str, folder: str) -> None:
-        self.store = store.Store(workdir)
+        self.workdir = Path(workdir).expanduser().absolute()
         given = Path(folder).expanduser()
-        self.folder = given if given.is_absolute() else self.store.workdir / given
-        if ".." in self.folder.parts or self.folder == self.store.workdir:
+        self.folder = given if given.is_absolute() else self.workdir / given
+        if ".." in self.folder.parts or self.folder == self.workdir:
             raise NodeError("path", f"{folder!r} is no folder that can be taken over")
-        notes = self.store.folder / "trees"
-        notes.mkdir(mode=0o700, exist_ok=True)
+        notes = self.workdir / "store" / "trees"
+        notes.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._placed = False
         self.notes = notes / (hashlib.sha256(os.fsencode(self.folder)).hexdigest() + ".json")
+
+    @cached_property
+    def store(self) -> Store:
+        # Not loaded for a folder that is as it should be: most looks end there.
+        from .store import Store
+
+        return Store(str(self.workdir))
 
     def look(self, names: Iterable[str] | None = None) -> dict[str, Entry]:
         """Every regular file of the folder, or only those named; only what changed since the last look is read."""
@@ -102,7 +114,7 @@ class Tree:
             executable = bool(at.st_mode & stat.S_IXUSR)
             if entry is None or (entry.size, entry.mtime_ns, entry.inode) != (at.st_size, at.st_mtime_ns, at.st_ino):
                 # Hashed after it was looked at: one that grows meanwhile is hashed again the next time.
-                sha256 = store.hash_file(self.folder / path)
+                sha256 = hash_file(self.folder / path)
                 entry = Entry(sha256, at.st_size, executable, at.st_mtime_ns, at.st_ino)
             found[path] = entry._replace(executable=executable)
         if any(noted.get(path) != entry for path, entry in found.items()) or (
@@ -131,11 +143,11 @@ class Tree:
         if record.get("boot_id") == boot_id():
             return noted, noted
         # Small files are placed without waiting for the disk: after a power cut their content may be gone.
-        return {}, {path: entry for path, entry in noted.items() if entry.size > store.SMALL_BYTES}
+        return {}, {path: entry for path, entry in noted.items() if entry.size > SMALL_BYTES}
 
     def known(self) -> bool:
         """Whether the folder may be replaced: it is ours, or below the work folder, or empty. After a look."""
-        below = self.store.workdir in self.folder.parents
+        below = self.workdir in self.folder.parents
         return below or self._placed or not self.folder.exists() or not any(self.folder.iterdir())
 
     def place(self, manifest: Manifest, old: dict[str, Entry]) -> None:
@@ -176,7 +188,7 @@ class Tree:
             with contextlib.suppress(FileNotFoundError):
                 fresh.unlink()
             try:
-                self.store.place(sha256, size, fresh, executable=executable)
+                self.store.place(sha256, size, str(fresh), executable=executable)
             except OSError as error:
                 if is_full(error):
                     raise no_room(target.parent, size) from error
@@ -197,7 +209,7 @@ class Tree:
             target = f"{root}/{path}"
             before = same.get((sha256, executable))
             if before is None or not _linked(f"{self.folder}/{before}", target):
-                self.store.place(sha256, size, Path(target), executable=executable)
+                self.store.place(sha256, size, target, executable=executable)
             at = os.lstat(target)
             if at.st_size != size:
                 raise NodeError("store_damaged", f"{path} has {at.st_size} bytes instead of {size}", "send it again")
@@ -264,28 +276,33 @@ def manifest(arguments: list[str]) -> int:
 
 
 def take(arguments: list[str]) -> int:
-    """WORKDIR FOLDER SHA256 [beside]: a conversation that ends with FOLDER holding the manifest of this hash.
+    """WORKDIR FOLDER [beside]: a conversation that ends with FOLDER holding a manifest of the caller.
 
-    -> {"current"}; if it is not: <- {"files": manifest}; -> {"missing": [{"sha256", "have"}], "free_bytes"};
-    <- frames as for store-receive; -> {"placed": true, "stored": n} or {"placed": false, "refused": [...]}.
-    With `beside` the manifest comes first, and other files of the folder stay.
+    <- {"sha256": of the manifest}; -> {"current"}; if it is not: <- {"sha256", "files": the manifest};
+    -> {"missing": [{"sha256", "have"}], "free_bytes"}; <- frames as for store-receive; -> {"placed": true, "stored": n}
+    or {"placed": false, "refused": [...]}. With `beside` the manifest comes at once, and other files stay.
     """
     tree = Tree(argument(arguments, 0, "WORKDIR"), argument(arguments, 1, "FOLDER"))
-    wanted, beside = sha_of(argument(arguments, 2, "SHA256")), arguments[3:] == ["beside"]
+    beside = arguments[2:] == ["beside"]
     source = standard_input()
-    files = _announced(source, wanted) if beside else {}
-    if manifest_sha(_plain(tree.look(files if beside else None))) == wanted and tree.folder.is_dir():
+    found = {} if beside else _plain(tree.look())
+    first = read_header(source, LIST_BYTES) or {}
+    wanted = sha_of(first.get("sha256"))
+    files = _announced(first, wanted) if beside else {}
+    if manifest_sha(_plain(tree.look(files)) if beside else found) == wanted and tree.folder.is_dir():
         say({"current": True})
         return 0
     say({"current": False})
     if not beside:
-        files = _announced(source, wanted)
+        files = _announced(read_header(source, LIST_BYTES) or {}, wanted)
+    from .store import Receiver
+
     with locked(tree.notes.with_suffix(".lock")):
         old = tree.look(files if beside else None)
         here = set() if beside else {entry.sha256 for entry in old.values()}
         items = ((sha256, size) for sha256, size, _ in files.values() if sha256 not in here)
         say({"missing": tree.store.missing(items), "free_bytes": tree.store.free_bytes()})
-        received = store.Receiver(tree.store, source).run()
+        received = Receiver(tree.store, source).run()
         if received["refused"]:
             say({"placed": False, **received})
             return 0
@@ -297,8 +314,8 @@ def take(arguments: list[str]) -> int:
     return 0
 
 
-def _announced(source: BinaryIO, sha256: str) -> Manifest:
-    files = manifest_of((read_header(source, LIST_BYTES) or {}).get("files"))
+def _announced(line: dict[str, object], sha256: str) -> Manifest:
+    files = manifest_of(line.get("files"))
     if manifest_sha(files) != sha256:
         raise NodeError("protocol", "the manifest is not the one that was announced")
     return files
@@ -318,6 +335,8 @@ def send(arguments: list[str]) -> int:
     """WORKDIR FOLDER; stdin {"files": [{"path", "size", "offset"}]} -> frames of the same form, then {"end": true}."""
     tree = Tree(argument(arguments, 0, "WORKDIR"), argument(arguments, 1, "FOLDER"))
     asked = (read_header(standard_input(), LIST_BYTES) or {}).get("files")
+    from .store import send_file
+
     output = sys.stdout.buffer
     for item in asked if isinstance(asked, list) else []:
         path, size, offset = relative(item.get("path")), count_of(item.get("size")), count_of(item.get("offset"))
@@ -325,7 +344,7 @@ def send(arguments: list[str]) -> int:
         if tree.folder.resolve() not in real.parents:
             raise NodeError("path", f"{path!r} leads out of {tree.folder}")
         output.write(json.dumps({"path": path, "size": size, "offset": offset}).encode() + b"\n")
-        store.send_file(real, offset, size, output)
+        send_file(real, offset, size, output)
     output.write(b'{"end":true}\n')
     output.flush()
     return 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +18,10 @@ from .errors import NodeError
 from .files import write_atomic
 
 CHUNK_BYTES = 1 << 20
+SMALL_BYTES = 64 * 1024
+"""Files up to this size lie in packs of the store; see node.store."""
+UNTOUCHED_S = 1_000_000_000
+"""Modification time of files that we placed: another one means that somebody wrote to them."""
 HEADER_BYTES = 64 * 1024
 LIST_BYTES = 256 << 20
 """A list of files: some two million of them."""
@@ -45,7 +49,7 @@ def read_header(source: BinaryIO, limit_bytes: int = HEADER_BYTES) -> dict[str, 
     if not line.endswith(b"\n"):
         raise NodeError("interrupted", "the input ended in the middle of a line")
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8", "surrogateescape"))
     except ValueError as error:
         raise NodeError("protocol", f"a line of the input is no JSON: {error}") from error
     if not isinstance(value, dict):
@@ -97,6 +101,8 @@ def is_full(error: OSError) -> bool:
 
 def no_room(path: Path, needed_bytes: int) -> NodeError:
     """The error of a full disk, with what is free there now."""
+    import shutil
+
     folder = path if path.is_dir() else path.parent
     free = shutil.disk_usage(folder).free
     needed = f"{needed_bytes} bytes are needed and " if needed_bytes else ""
@@ -124,3 +130,21 @@ def write_whole(path: Path, data: bytes) -> None:
         if is_full(error):
             raise no_room(path, len(data)) from error
         raise
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """The content, CHUNK_BYTES at a time."""
+    with path.open("rb", buffering=0) as file:
+        while True:
+            piece = file.read(CHUNK_BYTES)
+            if not piece:
+                return
+            yield piece
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of the content, hexadecimal."""
+    digest = hashlib.sha256()
+    for piece in pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()

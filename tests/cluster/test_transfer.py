@@ -14,7 +14,7 @@ from jupiter_engine.cluster.contents import HashCache
 from jupiter_engine.cluster.conversation import ask
 from jupiter_engine.errors import DiskFull, RemoteError, StageFailed
 from jupiter_engine.files import sha256_file
-from jupiter_engine.node import store
+from jupiter_engine.node import wire
 from jupiter_engine.protocol.fleet import Transfer
 from tests.cluster.metered_node import Fault, MeteredNode
 
@@ -75,7 +75,8 @@ async def test_a_tree_arrives_and_its_second_push_is_one_short_round_trip(
     again = await transfer.send_tree(node, tree, "runs/1/inputs", hashes)
     assert again.moved_bytes == 0
     assert again.sha256 == sent.sha256
-    assert (node.streams, node.sent_bytes) == (["tree-take"], 0)
+    assert node.streams == ["tree-take"]
+    assert node.sent_bytes < 100
 
 
 async def test_only_what_changed_is_sent_and_what_is_gone_goes(
@@ -111,7 +112,7 @@ async def test_what_arrived_before_a_cut_is_not_sent_again(
     sent = await transfer.send_tree(node, tree, "inputs", hashes)
     assert content(Path(node.workdir) / "inputs") == content(tree)
     # Headers and the manifest also passed before the cut, and the file that was cut may be a small one.
-    assert sent.moved_bytes <= total - cut + 20_000 + store.SMALL_BYTES
+    assert sent.moved_bytes <= total - cut + 20_000 + wire.SMALL_BYTES
     assert sent.moved_bytes < total
     assert not list((Path(node.workdir) / "store").glob("*.part"))
 
@@ -186,6 +187,7 @@ async def test_fetching_goes_on_after_a_cut_and_finds_flipped_bits(
 ) -> None:
     there = make_tree(Path(node.workdir) / "results")
     here = tmp_path / "results"
+    total = sum(len(data) for data, _ in content(there).values())
     node.fault = Fault(cut_after_bytes=4 << 20, incoming=True)
     with pytest.raises(RemoteError):
         await transfer.fetch_tree(node, "results", here, hashes, limit_bytes=1 << 30)
@@ -194,7 +196,8 @@ async def test_fetching_goes_on_after_a_cut_and_finds_flipped_bits(
     await transfer.fetch_tree(node, "results", here, hashes, limit_bytes=1 << 30)
     assert node.came_true()
     assert content(here) == content(there)
-    assert node.fetched_bytes <= (2 << 20) + BIG + 300_000
+    # Lost were the piece in which the cut fell, and the whole file in which the bit was flipped.
+    assert node.fetched_bytes <= total - (4 << 20) + transfer.BATCH_BYTES + BIG + 50_000
 
 
 async def test_fetching_is_bounded(node: MeteredNode, hashes: HashCache, tmp_path: Path) -> None:
