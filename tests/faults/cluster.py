@@ -30,9 +30,7 @@ def domain(*, steps: int, twin: str) -> str:
     size = f"batch_sequences: {batch}\n  micro_batch_sequences: 16"
     return (
         DOMAIN.replace("steps: 12", f"steps: {steps}")
-        .replace(
-            "batch_sequences: 4\n  micro_batch_sequences: 4", f"batch_sequences: {batch}\n  micro_batch_sequences: 16"
-        )
+        .replace("batch_sequences: 4\n  micro_batch_sequences: 4", size)
         .replace("checkpoint_every_steps: 3", "checkpoint_every_steps: 10")
     )
 

@@ -239,7 +239,8 @@ class Supervisor:
                     # Its last words may have come between the reading above and its death.
                     self._relay(launch)
                 if not launch.over():
-                    return f"rank {dead[0]} (pid {launch.ranks[dead[0]].pid}) died"
+                    launch.crashed = f"{launch.named(dead[0])} (pid {launch.ranks[dead[0]].pid}) died"
+                time.sleep(_POLL_S)
                 continue
             self._watch_progress(launch)
             self._copy_checkpoints(launch)
