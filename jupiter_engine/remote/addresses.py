@@ -43,11 +43,10 @@ async def open_socket(
                 errors.append(error)
                 trying.discard(task)
     finally:
+        # Nothing is awaited here: whoever gives up a second time would lose the sockets.
         for task in trying:
             task.cancel()
-        for result in await asyncio.gather(*trying, return_exceptions=True):
-            if isinstance(result, socket.socket):
-                result.close()
+            task.add_done_callback(_close)
     order = {number: place for place, number in enumerate(TELLING)}
     raise min(errors, key=lambda error: order.get(error.errno or 0, len(order)))
 
@@ -58,6 +57,12 @@ def _alternating(found: list[Any]) -> list[Any]:
     other = [info for info in found if info[0] != found[0][0]]
     longest = max(len(first), len(other))
     return [info for place in range(longest) for group in (first, other) for info in group[place : place + 1]]
+
+
+def _close(task: asyncio.Task[socket.socket]) -> None:
+    """One that connected too late, or beside the winner."""
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()
 
 
 async def _connected(info: Any, local_address: tuple[str, int] | None) -> socket.socket:

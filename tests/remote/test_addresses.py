@@ -90,6 +90,7 @@ async def test_given_up_at_any_moment_it_leaves_nothing_open(
         done = (await asyncio.gather(task, return_exceptions=True))[0]
         if isinstance(done, socket.socket):
             done.close()
+    await asyncio.sleep(0.01)
     # An open socket that nobody holds is a warning here, and warnings are errors.
     gc.collect()
 
