@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual.app import App, SystemCommand
 from textual.binding import BindingType
@@ -133,6 +133,10 @@ class ConsoleApp(App[JupiterError]):
             message.answer.set_result(bool(yes))
 
         self.push_screen(key_sheet(message.key, message.who), answered)
+
+    def notify(self, message: str, *, title: str = "", markup: bool = False, **options: Any) -> None:
+        """A message over the page. Names of machines and words of tools stand in such: nothing of them is obeyed."""
+        super().notify(one_line(message), title=one_line(title), markup=markup, **options)
 
     # -- actions ---------------------------------------------------------------------------------
     def action_page(self, name: str) -> None:

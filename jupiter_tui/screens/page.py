@@ -101,7 +101,7 @@ class Page(Screen[None]):
 
     def show(self, picture: Picture) -> None:
         """Draw everything; called for each new picture while the page is in front."""
-        if not self._ready or not self.children:
+        if not self._ready or self._pruning:
             # Textual resumes and resizes a screen before its widgets are there and takes them away before it says
             # so; pictures come at any time.
             return

@@ -13,8 +13,8 @@ from textual.widgets import Input
 
 from jupiter_tui import actions
 from jupiter_tui.view.picture import Picture
-from jupiter_tui.view.text import Line, pad, wrap
-from jupiter_tui.widgets.lines import Bar, Pane
+from jupiter_tui.view.text import Line, one_line, pad, wrap
+from jupiter_tui.widgets.lines import Bar, Pane, bordered
 
 R = TypeVar("R")
 
@@ -31,7 +31,7 @@ class Sheet(ModalScreen[R | None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="sheet") as box:
-            box.border_title = self._title.replace("[", "\\[")
+            box.border_title = bordered(self._title)
             text = Bar(classes="sheet-text")
             yield text
             yield from self.answers()
@@ -88,7 +88,7 @@ class TypeSheet(Sheet[bool]):
         self.word = word
 
     def answers(self) -> ComposeResult:
-        yield Input(placeholder=self.word, select_on_focus=False)
+        yield Input(placeholder=one_line(self.word), select_on_focus=False)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         if event.value.strip() == self.word:

@@ -10,11 +10,16 @@ from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from jupiter_tui.view.text import Line
+from jupiter_tui.view.text import Line, clean
 from jupiter_tui.widgets.ink import Inked
 
 Build = Callable[[int], list[Line]]
 """Makes the lines for a width in cells."""
+
+
+def bordered(text: str) -> str:
+    """Text for a border, which Textual draws itself: data may stand in it, so nothing of it is markup or control."""
+    return clean(text).replace("\n", " ").replace("[", "\\[")
 
 
 class Bar(Inked):
@@ -67,7 +72,7 @@ class Pane(ScrollView, Inked, can_focus=True):
 
     def set_title(self, title: str) -> None:
         """The border's text; data may stand in it, so it is never read as markup."""
-        title = title.replace("[", "\\[")
+        title = bordered(title)
         if title != self._title:
             # Only on change: Textual draws the whole widget anew for each assignment.
             self._title = self.border_title = title
@@ -84,12 +89,20 @@ class Pane(ScrollView, Inked, can_focus=True):
         if width == 0:
             return
         lines = self._build(width)
-        if lines == self.lines and width == self._width:
+        if len(lines) == len(self.lines) and width == self._width:
+            self._renew(lines)
             return
         self.lines, self._width = lines, width
         self.virtual_size = Size(width, len(lines))
         self._say_position()
         self.refresh()
+
+    def _renew(self, lines: list[Line]) -> None:
+        """As many lines as before: only those that are others are drawn anew, which a slow terminal thanks."""
+        before, self.lines = self.lines, lines
+        for number, (old, new) in enumerate(zip(before, lines, strict=True)):
+            if old != new:
+                self.refresh_line(number)
 
     def on_resize(self) -> None:
         self._rebuild()
@@ -110,7 +123,7 @@ class Pane(ScrollView, Inked, can_focus=True):
     def set_subtitle(self, text: str) -> None:
         if text != self._subtitle:
             self._subtitle = text
-            self.border_subtitle = text.replace("[", "\\[")
+            self.border_subtitle = bordered(text)
 
     def reveal(self, y: int) -> None:
         """Scroll as little as needed to show line `y`."""

@@ -46,10 +46,10 @@ class Rows(Pane):
             self.reveal(chosen)
         self._say_position()
 
-    def _renew(self, rows: list[Line]) -> None:
-        before, self.lines = self.lines, rows
+    def _renew(self, lines: list[Line]) -> None:
+        before, self.lines = self.lines, lines
         top = round(self.scroll_y)
-        for number, (old, new) in enumerate(zip(before, rows, strict=True)):
+        for number, (old, new) in enumerate(zip(before, lines, strict=True)):
             if old != new and top <= number < top + self.rows_in_sight():
                 self.refresh_line(number + 1)
                 self.drawn += 1
