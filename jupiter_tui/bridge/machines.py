@@ -103,7 +103,10 @@ class MachineRoom:
         with self._under_way(what) as say:
             promised = await self._ask(lambda w: function(self._open(w), say))
             # Shielded: leaving a page must not end what was begun.
-            return await asyncio.shield(asyncio.wrap_future(promised))
+            result: T = await asyncio.shield(asyncio.wrap_future(promised))
+        # Look at once instead of at the next turn.
+        self._later(lambda _: None)
+        return result
 
     @contextmanager
     def _under_way(self, what: str) -> Iterator[Say]:

@@ -47,7 +47,7 @@ def _facts(status: NodeStatus, facts: NodeFacts, width: int) -> list[Line]:
     trip = "" if status.local else f"round trip {seconds_text(facts.rtt_s)}"
     lines += _pairs([("connection", ", ".join(filter(None, (trip, since_boot))))], width)
     lines += [[], rule("Machine", width), *_pairs(_machine(facts), width)]
-    lines += [[], rule("Software", width), *_pairs(_software(facts), width)]
+    lines += [[], rule("Software", width), *_pairs(_software(status, facts), width)]
     if facts.interfaces or facts.routes:
         lines += [[], rule("Network", width)]
         lines += [line for one in facts.interfaces for line in _interface(one, width)]
@@ -101,14 +101,14 @@ def _machine(facts: NodeFacts) -> list[tuple[str, str]]:
     ]
 
 
-def _software(facts: NodeFacts) -> list[tuple[str, str]]:
+def _software(status: NodeStatus, facts: NodeFacts) -> list[tuple[str, str]]:
     order = [name for name in PACKAGES_FIRST if name in facts.versions]
     order += sorted(name for name in facts.versions if name not in order)
     packages = ", ".join(f"{name} {facts.versions[name]}" for name in order)
     return [
         ("trains with", f"{facts.twin} on {facts.accelerator}"),
         ("python", facts.python),
-        ("environment", facts.environment or "none that Jupiter put there"),
+        ("environment", "its own" if status.local else facts.environment or "none that Jupiter put there"),
         ("packages", packages or "none of those that training needs"),
     ]
 

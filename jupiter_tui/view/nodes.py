@@ -136,7 +136,8 @@ def note(status: NodeStatus, now: float) -> Span | None:
 
 # -- columns -------------------------------------------------------------------------------------------
 def _host(status: NodeStatus, _: NodeFacts) -> Span:
-    return ("this machine", "dim") if status.local else (one_line(status.host), "")
+    here = status.local and status.name != "this machine"
+    return ("this machine", "dim") if here else (one_line(status.host), "")
 
 
 def _role(status: NodeStatus, _: NodeFacts) -> Span:
