@@ -27,7 +27,7 @@ def domain(*, steps: int, twin: str) -> str:
     """The tiny domain with a training that is long enough to be disturbed: some steps a second."""
     # MLX's CPU backend is many times slower than torch.
     batch = 48 if twin == "torch" else 6
-    size = f"batch_sequences: {batch}\n  micro_batch_sequences: 16"
+    size = f"batch_sequences: {batch}\n  micro_batch_sequences: {min(batch, 16)}"
     return (
         DOMAIN.replace("steps: 12", f"steps: {steps}")
         .replace("batch_sequences: 4\n  micro_batch_sequences: 4", size)
@@ -76,9 +76,9 @@ class Cluster:
             )
 
     def kill_engine(self) -> None:
-        assert self.engine is not None
-        self.engine.kill()
-        self.engine.wait()
+        if self.engine is not None:
+            self.engine.kill()
+            self.engine.wait()
 
     # -- what is to be seen ----------------------------------------------------------------------
     def notices(self) -> list[str]:

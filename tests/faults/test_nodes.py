@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -27,8 +28,25 @@ def rig() -> Iterator[Rig]:
         yield rig
 
 
-def test_a_training_outlives_engine_rank_runner_launcher_and_host(rig: Rig, tmp_path: Path) -> None:
-    cluster = Cluster(rig, tmp_path / "workspace", launcher="direct", twin="torch", steps=280)
+class Clusters(Protocol):
+    def __call__(self, *, launcher: str, twin: str, steps: int) -> Cluster: ...
+
+
+@pytest.fixture
+def clusters(rig: Rig, tmp_path: Path) -> Iterator[Clusters]:
+    made: list[Cluster] = []
+
+    def make(*, launcher: str, twin: str, steps: int) -> Cluster:
+        made.append(Cluster(rig, tmp_path / "workspace", launcher=launcher, twin=twin, steps=steps))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.kill_engine()
+
+
+def test_a_training_outlives_engine_rank_runner_launcher_and_host(rig: Rig, clusters: Clusters) -> None:
+    cluster = clusters(launcher="direct", twin="torch", steps=280)
     leader, second, third = rig.hosts
     cluster.jupiter("nodes", "link", "--group", "all")
     cluster.start()
@@ -41,6 +59,15 @@ def test_a_training_outlives_engine_rank_runner_launcher_and_host(rig: Rig, tmp_
     cluster.start()
     cluster.wait(lambda: cluster.step_here() >= meanwhile, "what happened meanwhile")
     cluster.wait_for_notice("re-attached to the train worker")
+    assert cluster.generation(leader) == 1
+
+    # The way between the engine and the leading host is closed: over there it goes on, here it is caught up with.
+    leader.run("ip", "route", "add", "blackhole", rig.gateway)
+    cluster.wait_for_notice("node1 does not answer")
+    cluster.wait_for_steps(10, host=leader)
+    leader.run("ip", "route", "del", "blackhole", rig.gateway)
+    cluster.wait_for_notice("node1 answers again")
+    cluster.wait(lambda: cluster.step_here() >= cluster.step_there(leader) - 5, "what happened meanwhile")
     assert cluster.generation(leader) == 1
 
     # A rank is killed: the group starts again from its last checkpoint, and the journal names the rank.
@@ -78,8 +105,8 @@ def test_a_training_outlives_engine_rank_runner_launcher_and_host(rig: Rig, tmp_
     cluster.check_whole()
 
 
-def test_the_next_host_leads_when_the_leading_one_is_gone(rig: Rig, tmp_path: Path) -> None:
-    cluster = Cluster(rig, tmp_path / "workspace", launcher="direct", twin="torch", steps=200)
+def test_the_next_host_leads_when_the_leading_one_is_gone(rig: Rig, clusters: Clusters) -> None:
+    cluster = clusters(launcher="direct", twin="torch", steps=200)
     leader, second, _ = rig.hosts
     cluster.jupiter("nodes", "link", "--group", "all")
     cluster.start()
@@ -97,8 +124,8 @@ def test_the_next_host_leads_when_the_leading_one_is_gone(rig: Rig, tmp_path: Pa
     assert started[1].endswith("works on node2, node3")
 
 
-def test_an_mlx_ring_by_mlx_launch_survives_a_link_that_is_cut_and_a_killed_rank(rig: Rig, tmp_path: Path) -> None:
-    cluster = Cluster(rig, tmp_path / "workspace", launcher="mlx.launch", twin="mlx", steps=60)
+def test_an_mlx_ring_by_mlx_launch_survives_a_link_that_is_cut_and_a_killed_rank(rig: Rig, clusters: Clusters) -> None:
+    cluster = clusters(launcher="mlx.launch", twin="mlx", steps=40)
     leader, second, third = rig.hosts
     cluster.jupiter("nodes", "link", "--group", "all")
     cluster.start()
@@ -121,10 +148,10 @@ def test_an_mlx_ring_by_mlx_launch_survives_a_link_that_is_cut_and_a_killed_rank
         assert not [path for path in (host.disk / "tmp").iterdir() if path.name.startswith("tmp.")], host.name
 
 
-def test_every_role_works_on_its_own_host(rig: Rig, tmp_path: Path) -> None:
-    cluster = Cluster(rig, tmp_path / "workspace", launcher="direct", twin="torch", steps=12)
+def test_every_role_works_on_its_own_host(rig: Rig, clusters: Clusters) -> None:
+    cluster = clusters(launcher="direct", twin="torch", steps=12)
     roles = {"node1": "generator", "node2": "evaluator", "node3": "trainer"}
-    file = tmp_path / "workspace" / "config" / "cluster.yaml"
+    file = cluster.root / "config" / "cluster.yaml"
     lines = [line for line in file.read_text().splitlines() if not line.startswith(("groups:", "  - {name: all"))]
     text = "\n".join(lines)
     for name, role in roles.items():
@@ -144,9 +171,9 @@ def test_every_role_works_on_its_own_host(rig: Rig, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_of_the_leading_host_is_said_and_the_training_goes_on_when_there_is_room(
-    rig: Rig, tmp_path: Path
+    rig: Rig, clusters: Clusters
 ) -> None:
-    cluster = Cluster(rig, tmp_path / "workspace", launcher="direct", twin="torch", steps=60)
+    cluster = clusters(launcher="direct", twin="torch", steps=60)
     leader = rig["node1"]
     cluster.jupiter("nodes", "link", "--group", "all")
     cluster.start()
