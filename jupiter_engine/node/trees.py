@@ -61,11 +61,11 @@ Manifest = dict[str, tuple[str, int, bool]]
 
 def manifest_sha(manifest: Manifest) -> str:
     """What the manifest comes to: one line a file, in order of the paths."""
-    digest = hashlib.sha256()
+    lines: list[str] = []
     for path in sorted(manifest):
         sha256, size, executable = manifest[path]
-        digest.update(f"{sha256} {size} {'x' if executable else '-'} {path}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+        lines.append(f"{sha256} {size} {'x' if executable else '-'} {path}\n")
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def manifest_of(value: object) -> Manifest:
@@ -116,7 +116,7 @@ class Tree:
                 # Hashed after it was looked at: one that grows meanwhile is hashed again the next time.
                 sha256 = hash_file(self.folder / path)
                 entry = Entry(sha256, at.st_size, executable, at.st_mtime_ns, at.st_ino)
-            found[path] = entry._replace(executable=executable)
+            found[path] = entry if entry.executable == executable else entry._replace(executable=executable)
         if any(noted.get(path) != entry for path, entry in found.items()) or (
             names is None and len(noted) > len(found)
         ):
