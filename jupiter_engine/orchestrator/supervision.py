@@ -26,6 +26,12 @@ WORKER_ENV = {
     # Spinning OpenMP threads hold cores that others (and their own partners) want; see docs/experiments/log.md.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+TABLES_OF_STAGE = {
+    "collect": ("documents", "chunks", "items"),
+    "generate": ("samples",),
+    "filter": ("verdicts",),
+    "evaluate": ("scores",),
+}
 _LATE_S = 30.0
 """A fact older than this when it is taken in keeps its own time in the journal."""
 STOP_GRACE_S = 60.0
@@ -115,7 +121,7 @@ class StageRun:
         progress: facts.Progress | None = None
         with self._database.transaction():
             for line in data.splitlines():
-                fact = facts.decoder.decode(line)
+                fact = self._fact(line)
                 if fact.seq <= last_seq:
                     continue
                 last_seq = fact.seq
@@ -129,6 +135,15 @@ class StageRun:
                 self._database.set_progress(self.run, progress)
             self._database.set_run_position(self.run, offset + len(data), last_seq)
         return True
+
+    def _fact(self, line: bytes) -> facts.AnyFact:
+        try:
+            return facts.decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise StateError(
+                f"{self.folder}/events.jsonl holds a line that no worker writes: {error}",
+                fix="look at the machine that wrote it; then remove the run folder and resume the cycle",
+            ) from error
 
     async def _take_in_fact(self, fact: facts.AnyFact) -> None:
         match fact:
@@ -171,6 +186,11 @@ class StageRun:
         )
 
     async def _take_in_rows(self, fact: facts.Records) -> None:
+        if fact.table not in TABLES_OF_STAGE.get(self.stage, ()):
+            # A worker may be on another machine, which does not choose what enters the database.
+            raise StateError(
+                f"{self.run} reported rows of {fact.table[:40]!r}, which a {self.stage} stage does not make"
+            )
         data = await self._remote.read(self.folder / "results" / f"{fact.table}.jsonl", fact.offset_bytes)
         data = data[: fact.length_bytes]
         lines = data.splitlines()
@@ -179,7 +199,13 @@ class StageRun:
                 f"{self.folder}/results/{fact.table}.jsonl lacks rows that its worker reported ({fact.count} expected)",
                 fix="remove the run folder and resume the cycle: the stage is then done again",
             )
-        rows = self._database.add_rows(fact.table, self._domain, self._number, self.run, lines)
+        try:
+            rows = self._database.add_rows(fact.table, self._domain, self._number, self.run, lines)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise StateError(
+                f"{self.folder}/results/{fact.table}.jsonl holds what is no row of {fact.table}: {error}",
+                fix="look at the machine that wrote it; then remove the run folder and resume the cycle",
+            ) from error
         counts: Counter[str] = Counter()
         for row in rows:
             if isinstance(row, Sample):
