@@ -14,7 +14,7 @@ from textual.widget import Widget
 from jupiter_engine.errors import JupiterError
 from jupiter_engine.protocol.fleet import Finding, FleetPicture, NodeStatus
 from jupiter_tui.screens.page import Page, bindings
-from jupiter_tui.view.findings import command_of, doctor_title, list_findings, shown_findings
+from jupiter_tui.view.findings import command_of, copied_command, doctor_title, list_findings, shown_findings
 from jupiter_tui.view.fleet import abilities, doing_line, engine_lines, no_nodes_lines
 from jupiter_tui.view.groups import group_lines, groups_title
 from jupiter_tui.view.node import detail_lines
@@ -216,7 +216,7 @@ class FleetPage(Page):
         finding, status, front = self.finding(), self.node(), self.front()
         text, what = "", ""
         if front == "doctor" and finding is not None:
-            command = command_of(finding.fix) if finding.fix is not None else ""
+            command = copied_command(finding.fix) if finding.fix is not None else ""
             text, what = command or one_line(finding.text), "the command" if command else "the finding"
         elif front == "groups":
             hostfiles = {plan.name: plan.hostfile for plan in self.picture.fleet.groups if plan.hostfile}

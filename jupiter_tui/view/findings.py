@@ -9,7 +9,7 @@ from typing import Final
 
 from jupiter_engine.protocol.fleet import Finding, Fix, FleetPicture
 from jupiter_engine.units import duration_text
-from jupiter_tui.view.text import MARKS, Line, Span, cut, cut_line, one_line, wrap
+from jupiter_tui.view.text import MARKS, Line, Span, clean, cut, cut_line, one_line, wrap
 
 _MARKS: Final[dict[str, Span]] = {
     "fail": MARKS["bad"],
@@ -32,6 +32,11 @@ class Listed:
 def command_of(fix: Fix) -> str:
     """What a person would type for a fix, on one line; empty if there is no command."""
     return one_line(shlex.join(fix.argv)) if fix.argv else ""
+
+
+def copied_command(fix: Fix) -> str:
+    """The command exactly, over several lines if it has them, without what could drive a terminal."""
+    return clean(shlex.join(fix.argv)) if fix.argv else ""
 
 
 def shown_findings(findings: Sequence[Finding], *, folded: bool) -> tuple[Finding, ...]:
