@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -59,6 +59,10 @@ __all__ = [
 ]
 
 EngineInfo = process.EngineInfo
+
+
+Hosts = dict[Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)], str]
+"""hosts.json of a launch: rank -> the machine on which it runs."""
 
 
 class RankLog(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,7 +132,8 @@ class Workspace:
         """(optimizer steps after the offset, offset to ask with next). A resumed run may repeat steps: the last wins.
 
         If the file became shorter (a resume cut it back), reading starts over: the returned offset is
-        then smaller than the given one plus the new lines, and the steps begin anew.
+        then smaller than the given one plus the new lines, and the steps begin anew. Lines that are no
+        metric (torn by a power cut, another machine's nonsense) are left out.
         """
         return process.read_metrics(self.run_folder(run) / "metrics.jsonl", offset_bytes)
 
@@ -160,17 +165,16 @@ class Workspace:
     def ranks(self, run: str) -> list[RankLog]:
         """The ranks of a run's newest launch over several machines, each with its machine and its output."""
         folder = self.run_folder(run) / "ranks"
-        launches = sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
+        launches = sorted((int(p.name) for p in folder.glob("*") if p.name.isdecimal()), reverse=True)
         for launch in launches:
             try:
-                hosts = msgspec.json.decode((folder / str(launch) / "hosts.json").read_bytes(), type=dict[str, str])
-            except (FileNotFoundError, msgspec.DecodeError):
-                # Not there yet, or half mirrored: the next look has it.
+                hosts = msgspec.json.decode((folder / str(launch) / "hosts.json").read_bytes(), type=Hosts)
+            except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+                # Not there yet, half mirrored (the next look has it), or nothing that a launcher writes.
                 continue
-            logs = {rank: folder / str(launch) / f"rank-{rank}.log" for rank in hosts}
             return [
-                RankLog(rank=int(rank), host=plain_text(host), path=logs[rank])
-                for rank, host in sorted(hosts.items(), key=lambda entry: int(entry[0]))
+                RankLog(rank=rank, host=plain_text(host), path=folder / str(launch) / f"rank-{rank}.log")
+                for rank, host in sorted(hosts.items())
             ]
         return []
 

@@ -16,6 +16,7 @@ from jupiter_engine.errors import ExitCode, JupiterError, exit_code_of, rebuild
 from jupiter_engine.orchestrator.engine import Engine, EngineLock, fleet_stages
 from jupiter_engine.protocol import journal as j
 from jupiter_engine.protocol.commands import StartCycles
+from jupiter_engine.protocol.facts import Progress
 from jupiter_engine.protocol.state import CycleState
 
 PROGRESS_EVERY_S = 5.0
@@ -28,7 +29,7 @@ class Narrator:
         self._workspace = workspace
         self._json = json
         self._progress_at = 0.0
-        self._progress_seq = (0, "")
+        self._shown: tuple[str, Progress] | None = None
         self.cycles: list[str] = []
 
     def show(self) -> None:
@@ -64,10 +65,11 @@ class Narrator:
         if stage is None or not stage.run or stage.status != "running":
             return
         progress = self._workspace.progress(stage.run)
-        if progress is None or (progress.seq, stage.run) == self._progress_seq:
+        if progress is None or (stage.run, progress) == self._shown:
             return
         self._progress_at = time.monotonic()
-        self._progress_seq = (progress.seq, stage.run)
+        # All of it: what is told of a transfer to a machine is no fact of the worker's and has no number.
+        self._shown = (stage.run, progress)
         if self._json:
             event = {"at": progress.at, "stage": stage.stage, "run": stage.run, "progress": progress}
             self._print(msgspec.json.encode(event).decode())

@@ -7,6 +7,7 @@ collected under .mirror/ and takes the place of its copy when it is whole: reade
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -106,8 +107,11 @@ class Mirror:
             return {}
         known: dict[str, int] = {}
         for line, _ in whole_lines(path):
-            entry = msgspec.json.decode(line, type=_Inode)
-            known[entry.path] = entry.inode
+            # A line that a power cut has torn. If the copy's inode is lost with it, or an older one is left, the file
+            # is fetched anew: the node compares the inode and what the copy ends with.
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+                entry = msgspec.json.decode(line, type=_Inode)
+                known[entry.path] = entry.inode
         return known
 
     def _remember(self, name: str, inode: int) -> None:

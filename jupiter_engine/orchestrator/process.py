@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -76,7 +77,7 @@ def ensure_engine(root: Path) -> EngineInfo:
 
 
 def read_metrics(path: Path, offset_bytes: int) -> tuple[list[Metric], int]:
-    """(metrics after the offset, next offset); see api.Workspace.metrics."""
+    """(metrics after the offset, next offset); lines that are no metric are left out. See api.Workspace.metrics."""
     if not path.exists():
         return [], 0
     if path.stat().st_size < offset_bytes:
@@ -84,6 +85,8 @@ def read_metrics(path: Path, offset_bytes: int) -> tuple[list[Metric], int]:
     decoder = msgspec.json.Decoder(Metric)
     metrics: list[Metric] = []
     for line, end in whole_lines(path, offset_bytes):
-        metrics.append(decoder.decode(line))
         offset_bytes = end
+        # A line torn by a power cut, or another machine's nonsense, must not hide the steps around it.
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            metrics.append(decoder.decode(line))
     return metrics, offset_bytes

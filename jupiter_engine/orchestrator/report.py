@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from jupiter_engine.orchestrator import results
+from jupiter_engine.orchestrator.results import told
+from jupiter_engine.orchestrator.sentences import mix_text, one_line, reasons_text
 from jupiter_engine.protocol.decision import Decision, Endpoint
 from jupiter_engine.protocol.state import CycleState, State
 from jupiter_engine.units import bytes_text, count_text, duration_text
@@ -21,42 +24,41 @@ def _seconds(cycle: CycleState, stage: str) -> str:
 
 
 def _done(cycle: CycleState) -> list[str]:
-    def get(stage: str, key: str, default: object = 0) -> object:
-        return cycle.stages[stage].result.get(key, default)
-
     lines = ["## What was done\n", "| stage | result | time |", "|---|---|---|"]
-
-    def row(stage: str, text: str) -> None:
-        lines.append(f"| {stage} | {text} | {_seconds(cycle, stage)} |")
-
-    collected = (
-        f"{get('collect', 'documents')} documents, {bytes_text(float(str(get('collect', 'bytes'))))}, "
-        f"{get('collect', 'items')} items"
-        + (" (unchanged since the last collection)" if get("collect", "reused") else "")
-    )
-    row("collect", collected)
-    row("generate", f"{get('generate', 'samples')} samples, {float(str(get('generate', 'tokens_per_s'))):.0f} tokens/s")
-    rejected = cycle.stages["filter"].result.get("rejected", {})
-    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rejected.items(), key=lambda x: -x[1]))
-    row(
-        "filter",
-        f"{get('filter', 'accepted')} accepted, {sum(rejected.values())} rejected"
-        + (f" ({reasons})" if reasons else ""),
-    )
-    row("review", f"{get('review', 'accepted')} accepted, {get('review', 'reviewed')} looked at by a person")
-    mix = ", ".join(f"{name} {share:.0%}" for name, share in cycle.stages["queue"].result.get("mix", {}).items())
-    row(
-        "queue",
-        f"{get('queue', 'sequences')} sequences, {count_text(float(str(get('queue', 'tokens'))))} tokens ({mix})",
-    )
-    row(
-        "train",
-        f"{get('train', 'steps')} steps, loss {float(str(get('train', 'first_loss'))):.3f} -> "
-        f"{float(str(get('train', 'last_loss'))):.3f}, {float(str(get('train', 'tokens_per_s'))):.0f} tokens/s",
-    )
-    units = ", ".join(f"{task} {count}" for task, count in cycle.stages["evaluate"].result.get("units", {}).items())
-    row("evaluate", f"{units} units on both models")
+    for stage in ("collect", "generate", "filter", "review", "queue", "train", "evaluate"):
+        text = _result(told(stage, cycle.stages[stage].result))
+        lines.append(f"| {stage} | {_cell(text)} | {_seconds(cycle, stage)} |")
     return [*lines, ""]
+
+
+def _result(one: results.Told | None) -> str:
+    match one:
+        case results.Collected():
+            reused = " (unchanged since the last collection)" if one.reused else ""
+            return f"{one.documents} documents, {bytes_text(one.bytes)}, {one.items} items{reused}"
+        case results.Generated():
+            return f"{one.samples} samples, {one.tokens_per_s:.0f} tokens/s"
+        case results.Filtered():
+            reasons = f" ({reasons_text(one.rejected)})" if one.rejected else ""
+            return f"{one.accepted} accepted, {sum(one.rejected.values())} rejected{reasons}"
+        case results.Reviewed():
+            return f"{one.accepted} accepted, {one.reviewed} looked at by a person"
+        case results.Queued():
+            return f"{one.sequences} sequences, {count_text(one.tokens)} tokens ({mix_text(one.mix)})"
+        case results.Trained():
+            return (
+                f"{one.steps} steps, loss {one.first_loss:.3f} -> {one.last_loss:.3f}, {one.tokens_per_s:.0f} tokens/s"
+            )
+        case results.Evaluated():
+            units = ", ".join(f"{task} {count}" for task, count in one.units.items())
+            return f"{units} units on both models"
+        case _:
+            return "-"
+
+
+def _cell(text: str) -> str:
+    """A worker's words may not end the cell, nor the table."""
+    return one_line(text).replace("|", "\\|")
 
 
 def _measured(cycle: CycleState) -> list[str]:
@@ -99,10 +101,12 @@ def _decided(cycle: CycleState, state: State) -> list[str]:
         else f"{decision.incumbent} stays the generator of {cycle.domain}."
     )
     lines += ["", f"{outcome} (answered by {cycle.answered_by})"]
-    model = cycle.stages["train"].result.get("model", {})
+    trained = told("train", cycle.stages["train"].result)
+    model = trained.model if isinstance(trained, results.Trained) else None
     active = state.active_generator(cycle.domain)
-    lines += ["", f"Trained model: `{model.get('folder', '-')}`"]
+    lines += ["", f"Trained model: `{one_line(model.folder) if model is not None else '-'}`"]
     if active is not None:
         lines.append(f"Generator now: `{active.model.folder}`")
-    lines += ["", f"Chat with the trained model: `jupiter chat --model {model.get('name', '-')}`"]
+    if model is not None:
+        lines += ["", f"Chat with the trained model: `jupiter chat --model {one_line(model.name)}`"]
     return lines

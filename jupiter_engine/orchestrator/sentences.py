@@ -5,13 +5,20 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from jupiter_engine.orchestrator import results
+from jupiter_engine.orchestrator.results import told
 from jupiter_engine.protocol import journal as j
 from jupiter_engine.protocol.facts import Progress
-from jupiter_engine.units import bytes_text, count_text, duration_text
+from jupiter_engine.units import bytes_text, count_text, duration_text, plain_text
 
 
 def sentence(entry: j.AnyEntry) -> str | None:
-    """What happened; None for entries that only keep books."""
+    """What happened, safe for a terminal; None for entries that only keep books."""
+    text = _sentence(entry)
+    return None if text is None else plain_text(text)
+
+
+def _sentence(entry: j.AnyEntry) -> str | None:
     match entry:
         case j.CycleCreated():
             return f"cycle {entry.cycle}: created for domain {entry.domain} ({entry.mode})"
@@ -48,50 +55,68 @@ def sentence(entry: j.AnyEntry) -> str | None:
 
 
 def _clock(at: float) -> str:
-    return datetime.fromtimestamp(at, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    """As the clock on the wall here; a time that no clock shows is unknown."""
+    try:
+        return datetime.fromtimestamp(at, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return "an unknown time"
+
+
+def one_line(text: str) -> str:
+    """Another machine's words as part of a line on a terminal."""
+    return " ".join(plain_text(text).split())
+
+
+def reasons_text(rejected: dict[str, int]) -> str:
+    """`too_short 3, copy 1`, the most frequent first."""
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(rejected.items(), key=lambda x: -x[1]))
+
+
+def mix_text(mix: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in mix.items())
 
 
 def result_text(stage: str, result: dict[str, Any]) -> str:
-    """The numbers of a finished stage in a few words; empty if it has none to tell."""
-    get = result.get
-    match stage:
-        case "prepare":
-            return f"base generator {get('model', {}).get('name')}, {count_text(get('parameters', 0))} parameters"
-        case "collect":
-            reused = ", unchanged since the last collection" if get("reused") else ""
+    """The numbers of a finished stage in a few words; empty if it has none to tell, or none of the expected form."""
+    return one_line(_told_text(told(stage, result)))
+
+
+def _told_text(one: results.Told | None) -> str:
+    match one:
+        case results.Prepared():
+            return f"base generator {one.model.name}, {count_text(one.parameters)} parameters"
+        case results.Collected():
+            reused = ", unchanged since the last collection" if one.reused else ""
             return (
-                f"{get('documents')} documents ({bytes_text(get('bytes', 0))}), {get('chunks')} chunks, "
-                f"{get('items')} questions, {bytes_text(get('vault_bytes', 0))} held out in the vault{reused}"
+                f"{one.documents} documents ({bytes_text(one.bytes)}), {one.chunks} chunks, "
+                f"{one.items} questions, {bytes_text(one.vault_bytes)} held out in the vault{reused}"
             )
-        case "generate":
-            return f"{get('samples')} samples, {get('new_tokens')} tokens at {get('tokens_per_s', 0):.0f} tokens/s"
-        case "filter":
-            rejected = get("rejected", {})
-            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rejected.items(), key=lambda x: -x[1]))
-            return f"{get('accepted')} accepted, {sum(rejected.values())} rejected" + (
-                f" ({reasons})" if reasons else ""
-            )
-        case "review":
-            return f"{get('accepted')} accepted, {get('rejected')} rejected, {get('reviewed')} seen by a person"
-        case "queue":
-            mix = ", ".join(f"{name} {share:.0%}" for name, share in get("mix", {}).items())
-            return f"{get('sequences')} sequences, {count_text(get('tokens', 0))} tokens ({mix})"
-        case "train":
+        case results.Generated():
+            return f"{one.samples} samples, {one.new_tokens} tokens at {one.tokens_per_s:.0f} tokens/s"
+        case results.Filtered():
+            reasons = f" ({reasons_text(one.rejected)})" if one.rejected else ""
+            return f"{one.accepted} accepted, {sum(one.rejected.values())} rejected{reasons}"
+        case results.Reviewed():
+            return f"{one.accepted} accepted, {one.rejected} rejected, {one.reviewed} seen by a person"
+        case results.Queued():
+            return f"{one.sequences} sequences, {count_text(one.tokens)} tokens ({mix_text(one.mix)})"
+        case results.Trained():
             return (
-                f"{get('steps')} steps, loss {get('first_loss', 0):.3f} -> {get('last_loss', 0):.3f}, "
-                f"{get('tokens_per_s', 0):.0f} tokens/s, model {get('model', {}).get('folder')}"
+                f"{one.steps} steps, loss {one.first_loss:.3f} -> {one.last_loss:.3f}, "
+                f"{one.tokens_per_s:.0f} tokens/s, model {one.model.folder}"
             )
-        case "evaluate":
-            units = ", ".join(f"{count} {task}" for task, count in get("units", {}).items())
-            return f"{units} for each model" + (f", {get('cached')} from cache" if get("cached") else "")
-        case _:
+        case results.Evaluated():
+            units = ", ".join(f"{count} {task}" for task, count in one.units.items())
+            return f"{units} for each model" + (f", {one.cached} from cache" if one.cached else "")
+        case None:
             return ""
 
 
 def progress_text(stage: str, progress: Progress) -> str:
-    """`train: 12/30 steps (40 %), 0.2 steps/s, ETA 1m30s - note`."""
+    """`train: 12/30 steps (40 %), 0.2 steps/s, ETA 1m30s - note`; safe for a terminal, whoever wrote it."""
+    unit = one_line(progress.unit)
     share = f" ({progress.done / progress.total:.0%})" if progress.total else ""
-    rate = f", {progress.rate_per_s:.3g} {progress.unit}/s" if progress.rate_per_s else ""
+    rate = f", {progress.rate_per_s:.3g} {unit}/s" if progress.rate_per_s else ""
     eta = f", ETA {duration_text(progress.eta_s)}" if progress.eta_s is not None else ""
-    note = f" - {progress.note}" if progress.note else ""
-    return f"{stage}: {progress.done:.0f}/{progress.total:.0f} {progress.unit}{share}{rate}{eta}{note}"
+    note = f" - {text}" if (text := one_line(progress.note)) else ""
+    return f"{stage}: {progress.done:.0f}/{progress.total:.0f} {unit}{share}{rate}{eta}{note}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jupiter_engine.orchestrator.database import Recorded
+from jupiter_engine.orchestrator.results import Collected, told
 from jupiter_engine.protocol import journal as j
 from jupiter_engine.protocol.state import CycleState, Failure, GeneratorState, Notice, StageState, State
 
@@ -47,10 +48,16 @@ def apply(recorded: Recorded, state: State) -> State:
                 if generator.active:
                     generator.activations = [*generator.activations, (at, entry.reason)]
         case j.Noted():
-            _notice(state, entry.happened_at or at, entry.cycle, entry.stage, entry.level, entry.text)
+            _notice(state, _happened(entry, at), entry.cycle, entry.stage, entry.level, entry.text)
         case _:
             _apply_to_cycle(entry, at, state.cycles[entry.cycle], state)
     return state
+
+
+def _happened(entry: j.Noted, at: float) -> float:
+    """When it happened, as far as that can be: between the beginning of computer time and when it was learnt."""
+    happened_at = entry.happened_at
+    return happened_at if happened_at is not None and 0 < happened_at <= at else at
 
 
 def _apply_to_cycle(entry: j.AnyEntry, at: float, cycle: CycleState, state: State) -> None:
@@ -64,9 +71,9 @@ def _apply_to_cycle(entry: j.AnyEntry, at: float, cycle: CycleState, state: Stat
             stage = cycle.stages[entry.stage]
             stage.status, stage.run, stage.result, stage.ended_at = "done", entry.run, entry.result, at
             stage.started_at = stage.started_at or at
-            if entry.stage == "collect":
+            if isinstance(collected := told(entry.stage, entry.result), Collected):
                 # A reused collection adds no rows; its counts come from the result.
-                cycle.counts.update({k: int(entry.result.get(k, 0)) for k in ("documents", "chunks", "items")})
+                cycle.counts.update(documents=collected.documents, chunks=collected.chunks, items=collected.items)
         case j.StageHalted():
             cycle.stages[entry.stage].status = "halted"
         case j.StageFailed():

@@ -344,3 +344,24 @@ def test_a_quiet_file_is_not_read_again(tmp_path: Path) -> None:
     assert settled.changed_ns == (tmp_path / "a.log").stat().st_ctime_ns
     (tmp_path / "a.log").write_bytes(b"CONTENT")
     assert [content for entry in tail.look() for _, content in tail.news(entry, 100)] == [b"", b"CONTENT"]
+
+
+@pytest.mark.parametrize("damage", [b'{"path":"worker.l', b"\x00" * 40, b'{"path":"\xff","inode":1}', b"[]"])
+def test_a_power_cut_in_the_list_of_files_costs_a_transfer_at_most(tmp_path: Path, damage: bytes) -> None:
+    with two_folders() as (source, copy):
+        for name in ("worker.log", "results/a.jsonl"):
+            (source / name).parent.mkdir(exist_ok=True)
+            (source / name).write_bytes(b"one\n")
+            mirror = Mirror(copy, PATTERNS)
+            apply(mirror, frames(tail_for(source, mirror), 64))
+        inodes = copy / ".mirror.jsonl"
+        lines = inodes.read_bytes().splitlines(keepends=True)
+        for torn in (b"".join(lines) + damage, damage + b"\n" + lines[-1], lines[0] + damage + b"\n"):
+            inodes.write_bytes(torn)
+            for name in ("worker.log", "results/a.jsonl", "results/b.jsonl"):
+                with (source / name).open("ab") as file:
+                    file.write(b"two\n")
+            for _ in range(2):
+                mirror = Mirror(copy, PATTERNS)
+                apply(mirror, frames(tail_for(source, mirror), 64))
+                assert contents(copy) == contents(source)
