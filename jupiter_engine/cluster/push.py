@@ -25,6 +25,7 @@ from jupiter_engine.cluster.project_wheel import project_wheel, wheel_name
 from jupiter_engine.cluster.targets import IMPORTS, Kind, Target, kind_of, lowest_versions, requirements, target_of
 from jupiter_engine.cluster.transfer import send_files
 from jupiter_engine.cluster.wheels import Lock, NothingFits, Wheel, Wheelhouse
+from jupiter_engine.cluster.wheels import constraints as wheel_constraints
 from jupiter_engine.errors import JupiterError, StageFailed
 from jupiter_engine.files import write_json
 from jupiter_engine.node import wire
@@ -266,16 +267,28 @@ class _Push:
         return await self._build(self._note(kind, python, lock.digest()), wanted, order)
 
     async def _locked(self, kind: Kind, usable: list[dict[str, Any]], wanted: Wanted) -> tuple[dict[str, Any], Lock]:
-        """The newest Python for which there are packages, and those packages."""
-        reasons: list[StageFailed] = []
-        for python in usable[:PYTHONS_TRIED]:
-            try:
-                target = self._target(python)
-                return python, await self._house.lock(target, kind, wanted.requirements)
-            except NothingFits as error:
-                reasons.append(error)
-        detail = f"{self._spec.title()}: " + "; ".join(error.detail for error in reasons)
-        raise NothingFits(detail, fix=reasons[0].fix)
+        """The newest Python for which there are packages as they are here, and those packages; failing that, the
+        newest for which there are any."""
+        if self._on_transfer is not None:
+            self._on_transfer(
+                Transfer(
+                    what="environment",
+                    sent_bytes=0,
+                    total_bytes=0,
+                    bytes_per_s=None,
+                    eta_s=None,
+                    step="choosing packages",
+                )
+            )
+        reasons: dict[str, StageFailed] = {}
+        for constraints in wheel_constraints(kind, wanted.requirements):
+            for python in usable[:PYTHONS_TRIED]:
+                try:
+                    return python, await self._house.lock(self._target(python), wanted.requirements, constraints)
+                except NothingFits as error:
+                    reasons[str(python.get("path"))] = error
+        detail = f"{self._spec.title()}: " + "; ".join(error.detail for error in reasons.values())
+        raise NothingFits(detail, fix=next(iter(reasons.values())).fix)
 
     def _target(self, python: dict[str, Any]) -> Target:
         try:

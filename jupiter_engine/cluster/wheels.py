@@ -86,21 +86,16 @@ class Wheelhouse:
             made.mkdir(parents=True, exist_ok=True)
 
     # -- locks -----------------------------------------------------------------------------------------
-    async def lock(self, target: Target, kind: Kind, wanted: tuple[str, ...]) -> Lock:
+    async def lock(self, target: Target, wanted: tuple[str, ...], constraints: tuple[str, ...]) -> Lock:
         """The lock for a target: as chosen before, or chosen now. NothingFits without wheels for it, StageFailed if
         pip or the index fails."""
-        constraints = _constraints(kind, wanted)
         path = self.locks / f"{key_of(target, wanted, constraints)}.json"
         async with _alone(path.with_suffix(".flock")):
             if path.exists():
                 kept = read_json(path, Lock)
                 assert isinstance(kept, Lock)
                 return kept
-            try:
-                found = await self._choose(target, wanted, constraints)
-            except NothingFits:
-                # Versions of this machine may not exist for that one; then the newest that do.
-                found = await self._choose(target, wanted, tuple(line for line in constraints if "!=" in line))
+            found = await self._choose(target, wanted, constraints)
             write_json(path, found)
             return found
 
@@ -220,15 +215,22 @@ def _size(folder: Path) -> int:
     return size
 
 
-def _constraints(kind: Kind, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    lines: list[str] = []
+def constraints(kind: Kind, wanted: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """What to ask for, best first: the very builds of this machine, their versions, whatever there is.
+
+    A build is told by the part after `+`: torch 2.13.0+cpu is a tenth of the one with CUDA, of which only a
+    machine with an NVIDIA card has any use, and which alone is of use there.
+    """
+    exact: list[str] = []
+    public: list[str] = []
+    never: list[str] = []
     for name, version in sorted(installed_versions(wanted).items()):
-        public, _, local = version.partition("+")
-        lines.append(f"{name}=={public}")
-        if local.startswith("cpu") and kind == "nvidia":
-            # The index of this machine may offer builds without CUDA, which are of no use there.
-            lines.append(f"{name}!={version}")
-    return tuple(lines)
+        plain, _, build = version.partition("+")
+        public.append(f"{name}=={plain}")
+        exact.append(f"{name}=={version if kind == 'cpu' else plain}")
+        if build.startswith("cpu") and kind == "nvidia":
+            never.append(f"{name}!={version}")
+    return list(dict.fromkeys((tuple(exact + never), tuple(public + never), tuple(never))))
 
 
 def _platform(target: Target) -> list[str]:

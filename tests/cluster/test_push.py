@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from jupiter_engine.cluster import conversation, project_wheel, push, wheels
+from jupiter_engine.cluster import conversation, project_wheel, push, targets, wheels
 from jupiter_engine.cluster.contents import HashCache
 from jupiter_engine.cluster.push import Environment, Wanted, push_environment
 from jupiter_engine.cluster.targets import Kind, Target
@@ -378,11 +378,35 @@ def test_locks_name_what_a_platform_takes() -> None:
     assert mac.markers()["platform_system"] == "Darwin"
 
 
+def test_nodes_get_what_is_installed_here_but_never_a_build_that_is_of_no_use_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = {"torch": "2.13.0+cpu", "numpy": "2.4.6"}
+    monkeypatch.setattr(wheels, "installed_versions", lambda _: here)
+    exact, public, free = wheels.constraints("cpu", ("torch",))
+    assert (exact, public, free) == (("numpy==2.4.6", "torch==2.13.0+cpu"), ("numpy==2.4.6", "torch==2.13.0"), ())
+    assert wheels.constraints("nvidia", ("torch",)) == [
+        ("numpy==2.4.6", "torch==2.13.0", "torch!=2.13.0+cpu"),
+        ("torch!=2.13.0+cpu",),
+    ]
+
+
+def test_what_a_kind_needs_follows_from_the_extras() -> None:
+    mac, cpu = targets.requirements("mac"), targets.requirements("cpu")
+    names = [{line.partition(">")[0] for line in lines} for lines in (mac, cpu)]
+    assert {"mlx", "mlx-lm", "msgspec", "psutil", "numpy", "tokenizers"} <= names[0]
+    assert "torch" in names[1] - names[0]
+    assert not {"textual==8.2.8", "asyncssh", "zeroconf", "pytest", "gguf", "jupiter"} & (names[0] | names[1])
+    assert targets.lowest_versions(mac)["mlx"] == "0.32.1"
+    for kind in (mac, cpu):
+        assert all("[" not in line and ";" not in line for line in kind)
+
+
 async def test_a_lock_for_a_mac_has_the_parts_that_only_a_mac_needs(tmp_path: Path) -> None:
     house = Wheelhouse(tmp_path)
     mac = Target(system="Darwin", machine="arm64", python="3.12.4", platform=(15, 1))
     try:
-        lock = await house.lock(mac, "mac", ("mlx>=0.32",))
+        lock = await house.lock(mac, ("mlx>=0.32",), ())
     except NothingFits:
         raise
     except StageFailed as error:
@@ -391,7 +415,7 @@ async def test_a_lock_for_a_mac_has_the_parts_that_only_a_mac_needs(tmp_path: Pa
     assert names == {"mlx", "mlx-metal"}
     assert all("macosx" in wheel.filename for wheel in lock.wheels)
     # Asked again it is the same, without an index.
-    again = await house.lock(mac, "mac", ("mlx>=0.32",))
+    again = await house.lock(mac, ("mlx>=0.32",), ())
     assert isinstance(again, Lock)
     assert again == lock
 
@@ -401,7 +425,7 @@ async def test_without_room_here_or_an_index_the_error_says_so(tmp_path: Path, m
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     target = Target(system="Linux", machine="aarch64", python="3.12.4", platform=(2, 28))
     with pytest.raises(NothingFits, match=r"Python 3.12.4 on aarch64 \(glibc 2.28\).*msgspec") as caught:
-        await Wheelhouse(tmp_path / "house").lock(target, "cpu", ("msgspec",))
+        await Wheelhouse(tmp_path / "house").lock(target, ("msgspec",), ())
     assert "environment: own" in caught.value.fix
     full = wheels._pip_error(target, "ERROR: Could not install: [Errno 28] No space left on device")
     assert "full" in full.detail
