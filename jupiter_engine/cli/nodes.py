@@ -15,21 +15,17 @@ from msgspec.structs import replace
 from jupiter_engine.api import Workspace
 from jupiter_engine.cli.fleet_text import Ticker, node_rows, plan_lines
 from jupiter_engine.cli.output import open_workspace, print_json, print_table
+from jupiter_engine.cluster import upkeep
 from jupiter_engine.cluster.discovery import discover as find_hosts
 from jupiter_engine.cluster.fleet import KNOWN_HOSTS, Fleet
 from jupiter_engine.cluster.inventory import Inventory
-from jupiter_engine.cluster.joining import join, settle_key
-from jupiter_engine.cluster.link import link as make_links
-from jupiter_engine.cluster.link import unlink as remove_links
-from jupiter_engine.cluster.upkeep import connections_of, groups_named
-from jupiter_engine.cluster.upkeep import remove as remove_node
+from jupiter_engine.cluster.joining import join
 from jupiter_engine.errors import ExitCode, HostKeyRefused, JupiterError, UsageError
 from jupiter_engine.protocol.fleet import NodeStatus
 from jupiter_engine.remote.host_keys import KnownHosts, OfferedKey
 from jupiter_engine.settings.cluster import (
     ClusterSettings,
     NodeSpec,
-    group_nodes,
     node_by_name,
 )
 from jupiter_engine.settings.reader import nearest
@@ -150,11 +146,16 @@ def _from_here(path: str | None) -> str | None:
 
 
 async def remove(options: argparse.Namespace, workspace: Workspace) -> int:
-    removed = remove_node(workspace.root, options.name)
-    for warning in removed.warnings:
-        _say(warning)
+    # Not opened: only that one machine is called, if there is anything to be taken back from it.
+    fleet = Fleet(workspace.cluster().value, workspace.root)
+    try:
+        removed = await upkeep.remove(fleet, options.name)
+    finally:
+        await fleet.close()
+    for text in (*removed.stays, *removed.warnings):
+        _say(text)
     if options.json:
-        print_json({"removed": removed.name})
+        print_json({"removed": removed.name, "stays": removed.stays})
     else:
         text = f"{removed.name} is no node any more; what Jupiter put there stays in {removed.workdir}"
         print(plain_text(text))
@@ -163,23 +164,11 @@ async def remove(options: argparse.Namespace, workspace: Workspace) -> int:
 
 async def trust(options: argparse.Namespace, workspace: Workspace) -> int:
     cluster = workspace.cluster().value
-    known_hosts = _known_hosts(workspace)
-    decided: list[OfferedKey] = []
-
-    async def decide(key: OfferedKey, who: str) -> bool:
-        answer = await _decider(options)(key, who)
-        decided.extend([key] if answer else [])
-        return answer
-
-    key = await settle_key(
-        _named(cluster, options.name),
-        cluster.connection,
-        known_hosts=known_hosts,
-        decide=decide,
-        replace=options.replace,
-    )
+    fleet = Fleet(cluster, workspace.root)
+    machine = _named(cluster, options.name)
+    key, decided = await upkeep.trust(fleet, machine, _decider(options), replace=options.replace)
     if options.json:
-        print_json({"key": key, "new": bool(decided)})
+        print_json({"key": key, "new": decided})
     elif decided:
         print(plain_text(f"{options.name} is trusted with {key.algorithm} {key.fingerprint} from now on"))
     else:
@@ -275,39 +264,28 @@ async def push(options: argparse.Namespace, workspace: Workspace) -> int:
 async def link(options: argparse.Namespace, workspace: Workspace) -> int:
     cluster = workspace.cluster().value
     fleet = Fleet(cluster, workspace.root)
-    done: dict[str, dict[str, str]] = {}
+    done: dict[str, dict[str, Any]] = {}
     async with fleet.opened():
-        for group in groups_named(cluster, options.group):
+        for group in upkeep.groups_named(cluster, options.group):
             _say(f"linking the nodes of {group.name}")
-            connections, problems = await connections_of(fleet, group)
-            if problems:
-                raise next(iter(problems.values()))
-            files = await make_links(cluster, group, connections, root=workspace.root, known_hosts=fleet.known_hosts)
-            done[group.name] = files.aliases
+            leader, reached = await upkeep.link_group(fleet, group.name)
+            done[group.name] = {"leader": leader, "calls": reached}
             if not options.json:
-                leader = group_nodes(cluster, group)[0].title()
-                reached = ", ".join(files.aliases) or "nobody else: it is alone in its group"
-                print(plain_text(f"{group.name}: {leader} leads and calls {reached}"))
+                others = ", ".join(reached) or "nobody else: it is alone in its group"
+                print(plain_text(f"{group.name}: {leader} leads and calls {others}"))
     if options.json:
         print_json(done)
     return ExitCode.DONE
 
 
 async def unlink(options: argparse.Namespace, workspace: Workspace) -> int:
-    cluster = workspace.cluster().value
-    fleet = Fleet(cluster, workspace.root)
-    left: dict[str, dict[str, str]] = {}
+    fleet = Fleet(workspace.cluster().value, workspace.root)
     async with fleet.opened():
-        for group in groups_named(cluster, options.group):
-            connections, problems = await connections_of(fleet, group)
-            said = await remove_links(cluster, group, connections, root=workspace.root)
-            left[group.name] = {
-                name: problems[name].detail if name in problems else text for name, text in said.items()
-            }
+        left = await upkeep.unlink_groups(fleet, options.group)
     if options.json:
         print_json(left)
     for name, texts in left.items() if not options.json else ():
-        print(f"{name}: " + ("the workspace's key is taken back" if not texts else "not everywhere"))
+        print(plain_text(f"{name}: " + ("the workspace's key is taken back" if not texts else "not everywhere")))
         for node, text in texts.items():
             print(plain_text(f"!! {node}: {text}"))
     return ExitCode.STAGE_FAILED if any(left.values()) else ExitCode.DONE

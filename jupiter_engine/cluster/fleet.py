@@ -47,6 +47,7 @@ from jupiter_engine.settings.cluster import (
     NodeSpec,
     default_groups,
     group_nodes,
+    node_by_name,
     node_twin,
 )
 from jupiter_engine.units import plain_text
@@ -213,22 +214,26 @@ class Fleet:
         return tuple(self._members)
 
     def facts(self, name: str) -> NodeFacts | None:
-        """What the node last said; None before its first answer."""
-        return self._members[name].facts
+        """What the node last said; None before its first answer. UsageError if it is no node."""
+        return self._named(name).facts
 
     def show_transfer(self, name: str, transfer: Transfer | None) -> None:
-        """Something is being sent to this node; None: no longer."""
-        self._members[name].transfer = transfer
-        self._changed()
+        """Something is being sent to this node; None: no longer. Nothing is shown of what is no node any more."""
+        member = self._members.get(name)
+        if member is not None:
+            member.transfer = transfer
+            self._changed()
 
     # -- machines ------------------------------------------------------------------------------------------
     async def connection(self, name: str, *, wait_s: float | None = None) -> Connection:
-        """The node's connection; see Line.connection. JupiterError with the reason if there is none."""
-        return await self._members[name].line.connection(wait_s=wait_s)
+        """The node's connection; see Line.connection. JupiterError with the reason if there is none, UsageError if
+        it is no node of the cluster file (any more)."""
+        return await self._named(name).line.connection(wait_s=wait_s)
 
     async def runner(self, name: str, *, wait_s: float | None = None) -> NodeRunner:
-        """The node's runner, put there if need be. JupiterError with the reason if it cannot be."""
-        member = self._members[name]
+        """The node's runner, put there if need be. JupiterError with the reason if it cannot be, UsageError if it is
+        no node of the cluster file (any more)."""
+        member = self._named(name)
         connection = await member.line.connection(wait_s=wait_s)
         async with member.ensuring:
             if member.runner is not None and member.on is connection:
@@ -253,14 +258,20 @@ class Fleet:
             self._changed()
 
     def _some(self, names: Iterable[str] | None) -> list[Member]:
-        return [self._members[name] for name in names] if names is not None else list(self._members.values())
+        return [self._named(name) for name in names] if names is not None else list(self._members.values())
+
+    def _named(self, name: str) -> Member:
+        """The machine of this title, or that people call so; UsageError, which names those there are, if none is."""
+        member = self._members.get(name)
+        return member if member is not None else self._members[node_by_name(self.cluster, name).title()]
 
     # -- facts ---------------------------------------------------------------------------------------------
     async def refresh_facts(
         self, *, fast: bool = False, names: Iterable[str] | None = None, wait_s: float | None = None
     ) -> None:
         """Ask the machines (all of them without names) about themselves. `fast`: only what changes from second to
-        second, where the rest is known. Never raises for a machine: its problem is in the picture."""
+        second, where the rest is known. A machine's problem is in the picture and not raised; UsageError for a name
+        that is no node's."""
         members = self._some(names)
         await asyncio.gather(*(self._refresh(member, fast, wait_s) for member in members))
 

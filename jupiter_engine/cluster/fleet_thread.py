@@ -92,8 +92,8 @@ class FleetThread:
         return self._submit(self._with_fleet(lambda fleet: upkeep.trust(fleet, name, _decider(ask))))
 
     def remove(self, name: str) -> concurrent.futures.Future[upkeep.Removed]:
-        """Take a node out of the cluster file."""
-        return self._submit(asyncio.to_thread(upkeep.remove, self._root, name))
+        """Take a node out of the cluster file, and what links have put there off the machine."""
+        return self._submit(self._with_fleet(lambda fleet: upkeep.remove(fleet, name)))
 
     def push(self, name: str) -> concurrent.futures.Future[str]:
         """Bring a node's environment up to date; the result is its Python."""

@@ -4,34 +4,39 @@ The key is made once. Its public half goes into the others' authorized_keys as o
 workspace and without any forwarding; the leading machine gets the private half, an ssh_config and the host keys
 that were verified from here. It never accepts a key by itself. Ranks talk to each other directly, so the leading
 machine must reach the others directly as well: jump hosts are for the way from here only.
+
+Whether a group may do so is for a person to say, group by group: .jupiter/linked.json remembers it. `link` only does
+what it is told and is repeated before each launch; who calls it for others asks `has_leave` first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import os
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from jupiter_engine.cluster.site import workspace_id
-from jupiter_engine.errors import RemoteError
-from jupiter_engine.files import write_atomic
+from jupiter_engine.errors import RemoteError, UsageError
+from jupiter_engine.files import read_json, write_atomic, write_json
 from jupiter_engine.remote import host_keys
 from jupiter_engine.remote.host_keys import KnownHosts
 from jupiter_engine.remote.port import Connection
 from jupiter_engine.remote.ssh_call import SSH_CONFIG
-from jupiter_engine.settings.cluster import ClusterSettings, GroupSpec, NodeSpec, group_nodes
+from jupiter_engine.settings.cluster import ClusterSettings, GroupSpec, NodeSpec, group_nodes, node_by_name
 from jupiter_engine.units import plain_text
 
 KEY_FILE: Final = Path(".jupiter") / "keys" / "cluster_ed25519"
+LINKED_FILE: Final = Path(".jupiter") / "linked.json"
 CHECK_S: Final = 20.0
 """How long the leading machine may take to reach another one; a name that nobody answers takes longest."""
 _CONNECT_S: Final = 8
@@ -127,6 +132,94 @@ def authorized_line(root: Path) -> str:
     return f"{_RESTRICTION} {public} {mark_of(root)}"
 
 
+# -- leave ---------------------------------------------------------------------------------------------
+class Linked(msgspec.Struct, frozen=True, kw_only=True):
+    """linked.json: which machines a person has let call each other with the workspace's key."""
+
+    groups: dict[str, tuple[str, ...]] = {}
+    """Group -> its machines at that time, by title and as the group called them."""
+    version: int = 1
+
+
+def linked(root: Path) -> Linked:
+    """StateError for a damaged file."""
+    path = root / LINKED_FILE
+    if not path.exists():
+        return Linked()
+    found = read_json(path, Linked)
+    assert isinstance(found, Linked)
+    return found
+
+
+def has_leave(root: Path, group: GroupSpec) -> bool:
+    """Whether a person has linked this group with all the machines that are in it now (some of them may be away)."""
+    known = {name.casefold() for name in linked(root).groups.get(group.name, ())}
+    return bool(known) and all(name.casefold() in known for name in group.nodes)
+
+
+def give_leave(root: Path, cluster: ClusterSettings, group: GroupSpec) -> None:
+    """A person has said that the machines of the group may call each other. Takes the place of what was said before."""
+    titles = (node.title() for node in group_nodes(cluster, group))
+    with _rewriting(root) as groups:
+        groups[group.name] = tuple(dict.fromkeys((*titles, *group.nodes)))
+
+
+def withdraw_leave(root: Path, name: str) -> None:
+    """No more leave for this group; without any group the workspace's key goes, too."""
+    with _rewriting(root) as groups:
+        groups.pop(name, None)
+        if not groups:
+            (root / KEY_FILE).unlink(missing_ok=True)
+
+
+def forget(root: Path, node: NodeSpec) -> None:
+    """A machine is no node any more: should it come back, it needs leave anew."""
+    with _rewriting(root) as groups:
+        for name, members in list(groups.items()):
+            groups[name] = tuple(member for member in members if not _is(node, member))
+
+
+def groups_with(root: Path, node: NodeSpec) -> tuple[str, ...]:
+    """The linked groups in which a machine was when they were linked."""
+    return tuple(name for name, members in linked(root).groups.items() if any(_is(node, one) for one in members))
+
+
+def as_linked(root: Path, cluster: ClusterSettings, name: str, group: GroupSpec | None) -> GroupSpec:
+    """A group with every node that it has now, or had when it was linked and that is a node still."""
+    had = linked(root).groups.get(name, ())
+    nodes = dict.fromkeys(node.title() for node in group_nodes(cluster, group)) if group is not None else {}
+    return GroupSpec(name=name, nodes=tuple(nodes | dict.fromkeys(node.title() for node in _still(cluster, had))))
+
+
+def _is(node: NodeSpec, name: str) -> bool:
+    return name.casefold() in (node.title().casefold(), node.host.casefold())
+
+
+def _still(cluster: ClusterSettings, names: Iterable[str]) -> list[NodeSpec]:
+    found: list[NodeSpec] = []
+    for name in names:
+        with contextlib.suppress(UsageError):  # it is no node any more
+            found.append(node_by_name(cluster, name))
+    return found
+
+
+@contextlib.contextmanager
+def _rewriting(root: Path) -> Iterator[dict[str, tuple[str, ...]]]:
+    """The groups of linked.json, to be changed; one process at a time."""
+    home = root / ".jupiter"
+    home.mkdir(parents=True, exist_ok=True)
+    lock = os.open(home, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = linked(root)
+        groups = dict(before.groups)
+        yield groups
+        if groups != before.groups:
+            write_json(root / LINKED_FILE, Linked(groups=groups), mode=0o600)
+    finally:
+        os.close(lock)
+
+
 # -- making and removing links -------------------------------------------------------------------------
 async def link(
     cluster: ClusterSettings,
@@ -160,7 +253,7 @@ async def link(
         member.alias = aliases[member.node.title()]
     line = authorized_line(root)
     await asyncio.gather(*(_authorise(connections[member.node.title()], line) for member in members))
-    folder = _folder(leader, about[leader].home, root, group)
+    folder = _folder(leader, about[leader].home, root, group.name)
     await _place(connections[leader.title()], folder, private, members)
     await _reach(connections[leader.title()], folder, members)
     return LinkFiles(ssh_config=f"{folder}/ssh_config", aliases=aliases)
@@ -171,7 +264,7 @@ async def made(cluster: ClusterSettings, group: GroupSpec, leader: Connection, *
     nodes = group_nodes(cluster, group)
     if len(nodes) == 1 or not (root / KEY_FILE).exists():
         return None
-    path = f"{_folder(nodes[0], (await _about(leader)).home, root, group)}/ssh_config"
+    path = f"{_folder(nodes[0], (await _about(leader)).home, root, group.name)}/ssh_config"
     if not await leader.read(path):
         return None
     return LinkFiles(ssh_config=path, aliases=_aliases(nodes[1:]))
@@ -187,32 +280,56 @@ async def check_links(leader: Connection, files: LinkFiles) -> dict[str, str]:
 async def unlink(
     cluster: ClusterSettings, group: GroupSpec, connections: Mapping[str, Connection], *, root: Path
 ) -> dict[str, str]:
-    """Take the workspace's line out of the others' authorized_keys, and its files off the leading machine.
+    """Withdraw a group's leave: the workspace's line is taken out of the authorized_keys of machines that no other
+    linked group has, the group's files off those that may have led it; after the last group the key itself goes.
 
     Does what can be done: the result names the machines where it could not, each with the reason. Nodes without
-    an entry in `connections` are among them.
+    an entry in `connections` are among them. Can be repeated for those.
     """
-    if not (root / KEY_FILE).exists():
-        return {}
     problems: dict[str, str] = {}
+    elsewhere = {
+        node.title()
+        for name, members in linked(root).groups.items()
+        if name != group.name
+        for node in _still(cluster, members)
+    }
 
-    async def withdraw(node: NodeSpec, *, leads: bool) -> None:
+    async def withdraw(node: NodeSpec) -> None:
         connection = connections.get(node.title())
         if connection is None:
             problems[node.title()] = "it is not connected"
             return
         try:
-            if leads:
-                home = (await _about(connection)).home
-                await _shell(connection, _CLEAR, _folder(node, home, root, group))
-            else:
-                await _shell(connection, _WITHDRAW, mark_of(root))
+            await withdraw_from(connection, node, root=root, groups=[group.name], line=node.title() not in elsewhere)
         except RemoteError as error:
             problems[node.title()] = error.detail
 
-    nodes = group_nodes(cluster, group)
-    await asyncio.gather(*(withdraw(node, leads=node is nodes[0]) for node in nodes))
+    await asyncio.gather(*(withdraw(node) for node in group_nodes(cluster, group)))
+    withdraw_leave(root, group.name)
     return problems
+
+
+async def withdraw_from(
+    connection: Connection, node: NodeSpec, *, root: Path, groups: Collection[str], line: bool = True
+) -> None:
+    """Take off a machine what links have put there: the files of a leading machine for each of `groups`, and with
+    `line` the workspace's line in authorized_keys. RemoteError if that fails."""
+    home = (await _about(connection)).home
+    # Whichever machine was there has led in its turn, so all are looked at.
+    for group in groups:
+        await _shell(connection, _CLEAR, _folder(node, home, root, group))
+    if line:
+        await _shell(connection, _WITHDRAW, mark_of(root))
+
+
+def what_stays(root: Path, node: NodeSpec) -> str:
+    """What links may have left on a machine that cannot be asked, for the person who has to take it away there."""
+    key = root / KEY_FILE
+    line = f"the line `{authorized_line(root)}`" if key.exists() else f"the line that ends with {mark_of(root)}"
+    return (
+        f"{line} may stay in ~/.ssh/authorized_keys of {node.title()}, and the private key for the others in "
+        f"{node.workdir}/links there; `jupiter nodes unlink`, then `jupiter nodes link`, gives them another key"
+    )
 
 
 # -- parts ---------------------------------------------------------------------------------------------
@@ -304,10 +421,10 @@ async def _authorise(connection: Connection, line: str) -> None:
     await _shell(connection, _AUTHORISE, line)
 
 
-def _folder(leader: NodeSpec, home: str, root: Path, group: GroupSpec) -> str:
+def _folder(leader: NodeSpec, home: str, root: Path, group: str) -> str:
     workdir = leader.workdir
     absolute = posixpath.join(home, workdir[2:]) if workdir.startswith("~/") else workdir
-    identity = hashlib.sha256(f"{mark_of(root)}\0{group.name}".encode()).hexdigest()[:12]
+    identity = hashlib.sha256(f"{mark_of(root)}\0{group}".encode()).hexdigest()[:12]
     return posixpath.join(absolute, "links", identity)
 
 

@@ -27,6 +27,7 @@ from jupiter_engine.cluster.frames import (
 )
 from jupiter_engine.cluster.runner_file import RunnerFile
 from jupiter_engine.errors import RemoteError
+from jupiter_engine.remote import failures
 from jupiter_engine.remote.port import Connection, Stream
 from jupiter_engine.units import plain_text
 
@@ -174,12 +175,7 @@ class NodeRunner:
                 output_tail=said,
                 fix="log in there by hand: the account must allow commands, and its start files must print nothing",
             )
-        tried = "; ".join(plain_text(word) for word in words[1:])
-        return RemoteError(
-            f"{self.host} has no Python 3.9 or later: {tried}",
-            host=self.host,
-            fix="install Python 3.11 or later there, or name it: `python: /path/to/python3` in the cluster file",
-        )
+        return failures.no_python(self.connection.name, self.host, tried=words[1:], needed="3.9 or later")
 
     @staticmethod
     def _hello(line: bytes, packed: RunnerFile) -> Hello | None:

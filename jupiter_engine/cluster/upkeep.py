@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import msgspec
 
+from jupiter_engine.cluster import link
 from jupiter_engine.cluster.fleet import Fleet
 from jupiter_engine.cluster.inventory import Inventory
 from jupiter_engine.cluster.joining import Decide, Joined, join, settle_key
-from jupiter_engine.cluster.link import link
 from jupiter_engine.errors import JupiterError, UsageError
 from jupiter_engine.remote.host_keys import OfferedKey
 from jupiter_engine.remote.port import Connection
@@ -24,6 +23,7 @@ from jupiter_engine.settings.cluster import (
     node_by_name,
 )
 from jupiter_engine.settings.workspace import CLUSTER_FILE
+from jupiter_engine.units import plain_text
 
 
 class Removed(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +32,8 @@ class Removed(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     workdir: str
     """What Jupiter put there stays there."""
+    stays: tuple[str, ...] = ()
+    """What links had put there and could not be taken back, in sentences that name it and where it is."""
     warnings: tuple[str, ...] = ()
     """What the cluster file says about itself now."""
 
@@ -42,10 +44,13 @@ async def add(fleet: Fleet, node: NodeSpec, decide: Decide, say: Callable[[str],
     return await join(inventory, node, known_hosts=fleet.known_hosts, decide=decide, say=say)
 
 
-async def trust(fleet: Fleet, name: str, decide: Decide) -> tuple[OfferedKey, bool]:
-    """Settle the key of a node and of the jump hosts before it: (its key, whether anything was decided).
+async def trust(
+    fleet: Fleet, machine: NodeSpec | str, decide: Decide, *, replace: bool = True
+) -> tuple[OfferedKey, bool]:
+    """Settle the key of a machine and of the jump hosts before it: (its key, whether anything was decided).
 
-    A changed key is put before `decide` as well. Raises what `joining.settle_key` raises.
+    `machine`: a node by name, or any machine. `replace`: a changed key is put before `decide` as well. Raises what
+    `joining.settle_key` raises.
     """
     decided = False
 
@@ -55,18 +60,40 @@ async def trust(fleet: Fleet, name: str, decide: Decide) -> tuple[OfferedKey, bo
         decided = decided or answer
         return answer
 
-    node = node_by_name(fleet.cluster, name)
-    key = await settle_key(node, fleet.cluster.connection, known_hosts=fleet.known_hosts, decide=ask, replace=True)
-    fleet.wake([node.title()])
+    node = node_by_name(fleet.cluster, machine) if isinstance(machine, str) else machine
+    key = await settle_key(node, fleet.cluster.connection, known_hosts=fleet.known_hosts, decide=ask, replace=replace)
+    if node.title() in fleet.names():
+        fleet.wake([node.title()])
     return key, decided
 
 
-def remove(root: Path, name: str) -> Removed:
-    """Take a node out of the cluster file and of its group. UsageError for the only or an unknown node."""
-    inventory = Inventory(root / CLUSTER_FILE)
+async def remove(fleet: Fleet, name: str) -> Removed:
+    """Take a node out of the cluster file and of its group, and what links have put there off the machine.
+
+    UsageError for the only or an unknown node. That the machine cannot be called keeps nobody from removing it:
+    what stays there is told.
+    """
+    inventory = Inventory(fleet.root / CLUSTER_FILE)
     node = node_by_name(inventory.cluster, name)
-    title = inventory.remove(name)
-    return Removed(name=title, workdir=node.workdir, warnings=inventory.save().warnings)
+    inventory.remove(name)
+    inventory.check()
+    stays = await _take_back(fleet, node)
+    return Removed(name=node.title(), workdir=node.workdir, stays=stays, warnings=inventory.save().warnings)
+
+
+async def _take_back(fleet: Fleet, node: NodeSpec) -> tuple[str, ...]:
+    """Withdraw from a machine that is to be no node any more; sentences about what stays there."""
+    groups = link.groups_with(fleet.root, node)
+    if not groups:
+        return ()
+    stays: list[str] = []
+    try:
+        connection = await fleet.connection(node.title(), wait_s=fleet.cluster.connection.connect_timeout_s)
+        await link.withdraw_from(connection, node, root=fleet.root, groups=groups)
+    except JupiterError as error:
+        stays.append(plain_text(f"{error.detail}: {link.what_stays(fleet.root, node)}"))
+    link.forget(fleet.root, node)
+    return tuple(stays)
 
 
 async def push(fleet: Fleet, name: str) -> str:
@@ -88,7 +115,10 @@ async def push(fleet: Fleet, name: str) -> str:
 
 def groups_named(cluster: ClusterSettings, name: str | None) -> tuple[GroupSpec, ...]:
     """The groups called so, all of them without a name; UsageError if there is none."""
-    groups = cluster.groups or default_groups(cluster)
+    return _chosen(cluster.groups or default_groups(cluster), name)
+
+
+def _chosen(groups: Sequence[GroupSpec], name: str | None) -> tuple[GroupSpec, ...]:
     chosen = tuple(group for group in groups if name in (None, group.name))
     if not chosen:
         have = ", ".join(group.name for group in groups) or "none"
@@ -115,13 +145,30 @@ async def connections_of(fleet: Fleet, group: GroupSpec) -> tuple[dict[str, Conn
 
 
 async def link_group(fleet: Fleet, name: str) -> tuple[str, tuple[str, ...]]:
-    """Let the leading node of a group call the others: (the leading node, the nodes that it reaches).
+    """Let the leading node of a group call the others, now and at every later launch: (the leading node, the nodes
+    that it reaches).
 
-    Raises the first node's problem if one of them cannot be called from here, else what `link.link` raises.
+    Raises the first node's problem if one of them cannot be called from here, else what `link.link` raises; the
+    leave, once all could be called, is given even so, because a key may have been left on some of them.
     """
     (group,) = groups_named(fleet.cluster, name)
     connections, problems = await connections_of(fleet, group)
     if problems:
         raise next(iter(problems.values()))
-    files = await link(fleet.cluster, group, connections, root=fleet.root, known_hosts=fleet.known_hosts)
+    link.give_leave(fleet.root, fleet.cluster, group)
+    files = await link.link(fleet.cluster, group, connections, root=fleet.root, known_hosts=fleet.known_hosts)
     return group_nodes(fleet.cluster, group)[0].title(), tuple(files.aliases)
+
+
+async def unlink_groups(fleet: Fleet, name: str | None) -> dict[str, dict[str, str]]:
+    """Take leave and links back from a group, from all of them without a name, those that the cluster file no longer
+    has among them: group -> node -> why it could not be taken back there. UsageError if there is no such group."""
+    present = {group.name: group for group in fleet.cluster.groups or default_groups(fleet.cluster)}
+    names = [*present, *(former for former in link.linked(fleet.root).groups if former not in present)]
+    groups = [link.as_linked(fleet.root, fleet.cluster, one, present.get(one)) for one in names]
+    left: dict[str, dict[str, str]] = {}
+    for group in _chosen(groups, name):
+        connections, problems = await connections_of(fleet, group)
+        said = await link.unlink(fleet.cluster, group, connections, root=fleet.root)
+        left[group.name] = {node: problems[node].detail if node in problems else text for node, text in said.items()}
+    return left

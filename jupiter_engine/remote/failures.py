@@ -8,7 +8,7 @@ it are for what other rooms find out. A `reason` is one of:
     auth  key  config                                        the user, the keys or the ssh settings
     host_key_unknown  host_key_changed  host_key_revoked     HostKeyRefused
     lost  sessions  shell                                    it was reached, and then
-    no_python  architecture                                  it was called and cannot be used
+    no_python                                                it was called and cannot be used
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ LASTING: Final = frozenset(
         "protocol",
         "shell",
         "no_python",
-        "architecture",
     }
 )
 """Calling again does not mend these; a person has to."""
@@ -239,15 +238,8 @@ def shell(name: str, host: str, argv: Sequence[str], said: bytes) -> NodeUnreach
     return NodeUnreachable(text, host=host, reason="shell", argv=tuple(argv), output_tail=tail, fix=fix)
 
 
-def no_python(name: str, host: str, *, tried: Sequence[str], needed: str, hint: str = "") -> NodeUnreachable:
-    """`needed` such as "3.9 or later"; `tried` the paths that were looked at; `hint` how to install it there."""
-    text = f"{name}: no usable Python was found (looked for {', '.join(tried)}; needed is {needed})"
-    fix = hint or "install one (`xcode-select --install` or Homebrew on a Mac), or name it as `python` of the node"
+def no_python(name: str, host: str, *, tried: Sequence[str], needed: str) -> NodeUnreachable:
+    """`needed` such as "3.9 or later"; `tried`: of each place that was looked at, what was wrong with it."""
+    text = f"{name} has no Python {needed}: {'; '.join(_said(one) for one in tried)}"
+    fix = "install Python 3.11 or later there, or name it: `python: /path/to/python3` in the cluster file"
     return NodeUnreachable(text, host=host, reason="no_python", fix=fix)
-
-
-def wrong_architecture(name: str, host: str, *, found: str, needed: str, fix: str = "") -> NodeUnreachable:
-    """`found` and `needed` such as "x86_64 Python under Rosetta" and "arm64"."""
-    text = f"{name}: its Python is for {found}, needed is {needed}"
-    fix = fix or "install a native Python, or name one as `python` of the node"
-    return NodeUnreachable(text, host=host, reason="architecture", fix=fix)

@@ -163,7 +163,7 @@ class MachineRoom:
         """Take a node out of cluster.yaml; returns a sentence about it."""
         removed = await self._of(f"taking {name} out", lambda m, _: m.remove(name))
         text = f"{removed.name} is no node any more; what Jupiter put there stays in {removed.workdir}"
-        return ". ".join([text, *removed.warnings])
+        return ". ".join([text, *removed.stays, *removed.warnings])
 
     async def push(self, name: str) -> str:
         """Bring a node's environment up to date; returns its Python."""

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from jupiter_engine.cli.main import main
+from jupiter_engine.cluster.link import KEY_FILE, authorized_line, has_leave
 from jupiter_engine.errors import ExitCode
-from jupiter_engine.settings.cluster import load_cluster
+from jupiter_engine.settings.cluster import GroupSpec, load_cluster
 from tests.sshd import Sshd, make_key, start_sshd
 
 Capture = pytest.CaptureFixture[str]
@@ -28,7 +29,7 @@ class Place:
         self.identity = make_key(folder / "id")
         self.servers: list[Sshd] = []
 
-    def machine(self, name: str) -> Sshd:
+    def machine(self, name: str, again: Sshd | None = None) -> Sshd:
         home = self.folder / name
         home.mkdir(exist_ok=True)
         keys = f'AuthorizedKeysFile "{self.folder}/sshd-{name}/authorized_keys" "{home}/.ssh/authorized_keys"'
@@ -37,6 +38,8 @@ class Place:
             identity=self.identity,
             force_env={"HOME": str(home)},
             options=[keys],
+            port=again.port if again is not None else None,
+            host_key=again.folder / "host_key" if again is not None else None,
         )
         self.servers.append(server)
         return server
@@ -199,7 +202,7 @@ def test_the_key_of_a_jump_host_is_asked_about_too(place: Place, monkeypatch: py
 
 
 def test_a_removed_node_is_gone(place: Place, with_box: Sshd) -> None:
-    assert place.json("remove", "BOX") == {"removed": "box"}
+    assert place.json("remove", "BOX") == {"removed": "box", "stays": []}
     assert "name: box" not in place.text
     status, _, err = place.run("remove", "box")
     assert status == ExitCode.USAGE
@@ -276,7 +279,8 @@ def test_links_are_made_shown_and_taken_back(place: Place, with_box: Sshd) -> No
     file.write_text(file.read_text() + "groups: [{name: two, nodes: [box, other], backend: gloo}]\n")
     status, out, err = place.run("link")
     assert (status, out) == (0, "two: box leads and calls other\n"), err
-    assert place.json("link", "--group", "two") == {"two": {"other": "other"}}
+    assert place.json("link", "--group", "two") == {"two": {"leader": "box", "calls": ["other"]}}
+    assert has_leave(place.root, GroupSpec(name="two", nodes=("box", "other")))
     assert "restrict,pty" in (place.folder / "other" / ".ssh" / "authorized_keys").read_text()
     (plan,) = place.json("topology", status=place.run("topology")[0])
     assert (plan["name"], plan["nodes"], plan["backend"]) == ("two", ["box", "other"], "gloo")
@@ -284,8 +288,60 @@ def test_links_are_made_shown_and_taken_back(place: Place, with_box: Sshd) -> No
     assert "two: 2 node(s), torch, backend gloo, launcher torchrun" in out
     assert place.json("unlink") == {"two": {}}
     assert (place.folder / "other" / ".ssh" / "authorized_keys").read_text() == ""
+    assert not (place.root / KEY_FILE).exists()
+    assert not has_leave(place.root, GroupSpec(name="two", nodes=("box", "other")))
     assert place.run("link")[0] == ExitCode.DONE
     other.stop()
     status, out, _ = place.run("unlink")
     assert status == ExitCode.STAGE_FAILED
     assert "!! other: " in out
+    assert "refuses connections" in out
+    # It is on again: what was left there can be taken back even now.
+    place.machine("other", other)
+    assert place.json("unlink") == {"two": {}}
+    assert (place.folder / "other" / ".ssh" / "authorized_keys").read_text() == ""
+
+
+@pytest.fixture
+def linked(place: Place, with_box: Sshd) -> Sshd:
+    """A group of three; the one that is handed out is neither its first nor its last."""
+    servers = {name: place.machine(name) for name in ("middle", "last")}
+    for name, server in servers.items():
+        assert place.add(server, name, "--fingerprint", fingerprint(server))[0] == ExitCode.DONE
+    file = place.root / "config" / "cluster.yaml"
+    file.write_text(file.read_text() + "groups: [{name: three, nodes: [box, middle, last]}]\n")
+    assert place.run("link")[0] == ExitCode.DONE
+    return servers["middle"]
+
+
+def test_a_removed_node_gives_back_what_links_had_put_there(place: Place, linked: Sshd) -> None:
+    keys = place.folder / "middle" / ".ssh" / "authorized_keys"
+    assert "jupiter:" in keys.read_text()
+    assert place.json("remove", "middle") == {"removed": "middle", "stays": []}
+    assert keys.read_text() == ""
+    assert has_leave(place.root, GroupSpec(name="three", nodes=("box", "last")))
+    assert not has_leave(place.root, GroupSpec(name="three", nodes=("box", "middle", "last")))
+    # The one that leads has a private key.
+    folders = list((place.folder / "box" / "j" / "links").iterdir())
+    assert len(folders) == 1
+    assert place.json("remove", "box")["stays"] == []
+    assert not folders[0].exists()
+
+
+def test_a_removed_node_that_is_away_is_told_about(place: Place, linked: Sshd) -> None:
+    linked.stop()
+    line = authorized_line(place.root)
+    status, out, err = place.run("remove", "middle")
+    assert status == ExitCode.DONE
+    assert out.startswith("middle is no node any more")
+    assert f"the line `{line}` may stay in ~/.ssh/authorized_keys of middle" in err
+    assert line == (place.folder / "middle" / ".ssh" / "authorized_keys").read_text().strip()
+    assert not has_leave(place.root, GroupSpec(name="three", nodes=("box", "middle")))
+
+
+def test_a_group_that_the_file_no_longer_has_is_unlinked_too(place: Place, linked: Sshd) -> None:
+    file = place.root / "config" / "cluster.yaml"
+    file.write_text(file.read_text().replace("groups: [{name: three, nodes: [box, middle, last]}]", "groups: []"))
+    assert place.json("unlink", "--group", "three") == {"three": {}}
+    assert (place.folder / "last" / ".ssh" / "authorized_keys").read_text() == ""
+    assert not (place.root / KEY_FILE).exists()

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ from jupiter_engine.cluster.link import (
     unlink,
     workspace_key,
 )
-from jupiter_engine.errors import HostKeyRefused, RemoteError
+from jupiter_engine.errors import HostKeyRefused, RemoteError, StateError
 from jupiter_engine.remote.host_keys import KnownHosts
 from jupiter_engine.remote.port import Completed, Connection
 from jupiter_engine.remote.ssh import SshConnection, connect
@@ -379,3 +380,83 @@ async def test_hosts_of_a_network_with_this_machine_among_them(
         assert await unlink(cluster, group, connections, root=tmp_path) == {}
         assert (home / ".ssh" / "authorized_keys").read_text() == ""
     own.stop()
+
+
+def a_group(*names: str, called: str = "all") -> GroupSpec:
+    return GroupSpec(name=called, nodes=names)
+
+
+def test_leave_is_of_one_group_and_of_the_machines_that_it_had(tmp_path: Path) -> None:
+    nodes = tuple(NodeSpec(host=f"10.0.0.{number}", name=name) for number, name in enumerate(("Lead", "b", "c")))
+    cluster = ClusterSettings(nodes=nodes)
+    workspace_key(tmp_path)
+    assert not links.has_leave(tmp_path, a_group("Lead", "b")), "a key alone is no leave"
+    links.give_leave(tmp_path, cluster, a_group("lead", "10.0.0.1"))
+    assert stat.S_IMODE((tmp_path / links.LINKED_FILE).stat().st_mode) == 0o600
+    assert links.has_leave(tmp_path, a_group("Lead", "b"))
+    assert links.has_leave(tmp_path, a_group("10.0.0.1", "LEAD")), "as the file calls them, in any order"
+    assert links.has_leave(tmp_path, a_group("b")), "one of them is away"
+    assert not links.has_leave(tmp_path, a_group("Lead", "b", "c")), "a machine came in later"
+    assert not links.has_leave(tmp_path, a_group("Lead", "b", called="other"))
+    links.forget(tmp_path, nodes[1])
+    assert links.groups_with(tmp_path, nodes[1]) == ()
+    assert not links.has_leave(tmp_path, a_group("Lead", "b")), "out and in again is another machine"
+    assert links.has_leave(tmp_path, a_group("Lead"))
+    links.withdraw_leave(tmp_path, "all")
+    assert not links.has_leave(tmp_path, a_group("Lead"))
+    assert not (tmp_path / KEY_FILE).exists()
+
+
+def test_a_damaged_record_gives_no_leave(tmp_path: Path) -> None:
+    (tmp_path / ".jupiter").mkdir()
+    (tmp_path / links.LINKED_FILE).write_text('{"groups": {"all": "everything"}}')
+    with pytest.raises(StateError, match=r"linked\.json"):
+        links.has_leave(tmp_path, a_group("b"))
+
+
+def give(arguments: tuple[str, int]) -> None:
+    root, number = arguments
+    node = NodeSpec(host=f"h{number}")
+    links.give_leave(Path(root), ClusterSettings(nodes=(node,)), a_group(node.host, called=f"g{number}"))
+
+
+def test_two_processes_lose_no_leave(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        pool.map(give, [(str(tmp_path), number) for number in range(24)])
+    assert set(links.linked(tmp_path).groups) == {f"g{number}" for number in range(24)}
+
+
+async def test_unlinking_one_group_leaves_the_other_its_machines(machines: Machines) -> None:
+    other = a_group("worker", "Lead Mac", called="other")
+    cluster = msgspec.structs.replace(machines.cluster, groups=(machines.group, other))
+    files = await machines.link()
+    for group in (machines.group, other):
+        links.give_leave(machines.root, cluster, group)
+    before = machines.authorized("worker").read_text()
+    assert await unlink(cluster, machines.group, machines.connections, root=machines.root) == {}
+    assert machines.authorized("worker").read_text() == before
+    assert machines.authorized("Wörker $(x)").read_text() == "", "no other group has it"
+    assert not Path(files.ssh_config).parent.exists()
+    assert (machines.root / KEY_FILE).exists()
+    assert not links.has_leave(machines.root, machines.group)
+    assert links.has_leave(machines.root, other)
+    assert await unlink(cluster, other, machines.connections, root=machines.root) == {}
+    assert machines.authorized("worker").read_text() == ""
+    assert not (machines.root / KEY_FILE).exists()
+
+
+async def test_a_machine_that_led_for_a_while_keeps_no_key(machines: Machines) -> None:
+    turned = msgspec.structs.replace(machines.group, nodes=("worker", "Lead Mac", "Wörker $(x)"))
+    files = await link(
+        machines.cluster,
+        turned,
+        machines.connections,
+        root=machines.root,
+        known_hosts=machines.known_hosts,
+        ssh_config=None,
+    )
+    assert Path(files.ssh_config).is_relative_to(machines.home("worker"))
+    assert machines.authorized("Lead Mac").read_text()
+    assert await unlink(machines.cluster, machines.group, machines.connections, root=machines.root) == {}
+    assert not Path(files.ssh_config).parent.exists()
+    assert machines.authorized("Lead Mac").read_text() == ""

@@ -12,6 +12,7 @@ import pytest
 from jupiter_engine.cluster import upkeep
 from jupiter_engine.cluster.fleet import Fleet
 from jupiter_engine.cluster.fleet_thread import FleetThread
+from jupiter_engine.cluster.link import has_leave
 from jupiter_engine.errors import JupiterError, UsageError
 from jupiter_engine.protocol.fleet import Finding, Transfer
 from jupiter_engine.remote.host_keys import KnownHosts
@@ -71,6 +72,7 @@ async def test_a_link_needs_a_group_and_every_node_of_it(tmp_path: Path, server:
             await upkeep.link_group(fleet, "other")
         with pytest.raises(JupiterError, match="refuses connections"):
             await upkeep.link_group(fleet, "pair")
+    assert not has_leave(fleet.root, group)
 
 
 async def test_what_is_known_of_a_machine_outlives_a_change_of_the_file(tmp_path: Path, server: Sshd) -> None:
@@ -88,6 +90,22 @@ async def test_what_is_known_of_a_machine_outlives_a_change_of_the_file(tmp_path
     moved = fleet_of(tmp_path, server, server.node(name="one", workdir="/elsewhere"))
     moved.inherit(before)
     assert moved.facts("one") is None, "another entry may be another machine"
+
+
+async def test_a_name_that_is_no_node_any_more_is_wrong_use(tmp_path: Path, server: Sshd) -> None:
+    fleet = fleet_of(tmp_path, server, spec(server, tmp_path))
+    async with fleet.opened():
+        for ask in (fleet.runner, fleet.connection):
+            with pytest.raises(UsageError, match=r'there is no node "gone" in config/cluster\.yaml'):
+                await ask("gone")
+        with pytest.raises(UsageError, match="gone"):
+            await fleet.refresh_facts(names=["gone"])
+        with pytest.raises(UsageError, match="gone"):
+            fleet.facts("gone")
+        # It may have been taken out while something was being sent to it.
+        fleet.show_transfer("gone", Transfer(what="x", sent_bytes=0, total_bytes=1, bytes_per_s=None, eta_s=None))
+        assert fleet.facts("ONE") is None
+        assert (await fleet.connection("ONE", wait_s=10)).name == "one"
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:

@@ -22,7 +22,7 @@ from jupiter_engine.cluster.frames import BeatFrame, FileFrame, Frame, NodeRefus
 from jupiter_engine.cluster.mirror import Mirror
 from jupiter_engine.cluster.runner import KeepOrder, KeepProcess, NodeRunner
 from jupiter_engine.cluster.runner_file import RunnerFile
-from jupiter_engine.errors import RemoteError
+from jupiter_engine.errors import NodeUnreachable, RemoteError
 from jupiter_engine.remote.port import Completed
 from jupiter_engine.remote.this_machine import LocalConnection
 from tests.node.kept import Node, oldest_python, until
@@ -106,8 +106,9 @@ async def test_no_python_names_all_that_was_tried(connection: CountedConnection,
     old = tmp_path / "old python"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
-    with pytest.raises(RemoteError) as missing:
+    with pytest.raises(NodeUnreachable) as missing:
         await NodeRunner(connection, str(tmp_path), "/no/such/python").ensure()
+    assert missing.value.reason == "no_python", "calling again does not mend it"
     assert "/no/such/python is not there" in missing.value.detail
     assert "Python 3.11" in missing.value.fix
     with pytest.raises(RemoteError) as broken:
