@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import msgspec
 
 from jupiter_engine.cluster.contents import HashCache
 from jupiter_engine.cluster.fleet import Fleet
 from jupiter_engine.cluster.hostfile import node_addresses, node_interfaces, node_rdma
-from jupiter_engine.cluster.link import KEY_FILE, LinkFiles, link
+from jupiter_engine.cluster.link import LinkFiles, has_leave, link
 from jupiter_engine.cluster.placement import Placement
 from jupiter_engine.cluster.push import push_environment
 from jupiter_engine.cluster.runner import Hello, NodeRunner
 from jupiter_engine.cluster.shipping import Shipment, ship
 from jupiter_engine.cluster.site import Ready, Site, workspace_id
-from jupiter_engine.cluster.stage import KEEP, RemoteStage
+from jupiter_engine.cluster.stage import KEEP, RemoteStage, Successor, read_placement
 from jupiter_engine.cluster.transfer import fetch_tree, send_tree
 from jupiter_engine.errors import NodeUnreachable, NoUsableNode, RemoteError
 from jupiter_engine.protocol.facts import Progress
@@ -29,6 +31,7 @@ from jupiter_engine.protocol.specs import HostSpec, LaunchSpec, Twin
 from jupiter_engine.remote.failures import lasting
 from jupiter_engine.settings.cluster import ClusterSettings, GroupSpec, NodeSpec, load_cluster, node_by_name
 
+T = TypeVar("T")
 Say = Callable[[str], None]
 At = Callable[[Progress], None]
 OUTPUT_LIMIT_BYTES = 64 << 30
@@ -74,29 +77,35 @@ class FleetStages:
             return str(self.home)
         return str(PurePosixPath(runner.workdir) / "workspaces" / workspace_id(self.home))
 
-    async def leader_gone(self, others: Sequence[str], run: str) -> bool:
-        heard: list[bool] = []
+    async def successor(self, others: Sequence[str], run: str) -> Successor | None:
+        """Which of a group's other machines should lead instead: the one with the newest copy of a checkpoint. None
+        as long as one of them still hears of the leading machine, or none answers."""
+        found: list[Successor] = []
         for name in others:
             try:
                 runner, _ = await self.runner(name)
-                folder = PurePosixPath(self.workspace_on(runner, local=self._is_local(name))) / "runs" / run / "ranks"
-                # The leading machine touches these files every few seconds as long as it leads.
-                argv = ("find", str(folder), "-path", "*/node/lease", "-mmin", "-1")
-                done = await runner.connection.run(argv)
+                folder = PurePosixPath(self.workspace_on(runner, local=self._is_local(name))) / "runs" / run
+                # The leading machine touches the leases every few seconds as long as it leads.
+                leases = await runner.connection.run(
+                    ("find", str(folder / "ranks"), "-path", "*/node/lease", "-mmin", "-1")
+                )
+                listed = await runner.connection.run(("ls", str(folder / "checkpoints")))
             except RemoteError:
                 continue
-            heard.append(bool(done.stdout.strip()))
-        return bool(heard) and not any(heard)
+            if leases.stdout.strip():
+                return None
+            steps = re.findall(r"^step-(\d{8})$", listed.stdout.decode("utf-8", "replace"), re.MULTILINE)
+            found.append(Successor(name=name, step=max(map(int, steps), default=-1)))
+        return max(found, key=lambda one: one.step, default=None)
 
     def _is_local(self, name: str) -> bool:
         assert self._opened_with is not None
         return node_by_name(self._opened_with, name).is_local()
 
-    async def stop_abandoned(self, node: str, workspace: str, run: str) -> bool:
+    async def stop_abandoned(self, node: str, workspace: str, run: str, number: int) -> bool:
         try:
             runner, _ = await self.runner(node)
-            keep = str(PurePosixPath(workspace) / "runs" / run / KEEP)
-            await runner.tell(keep, {"id": "abandoned", "do": "stop"})
+            await stop_run(runner, str(PurePosixPath(workspace) / "runs" / run), f"abandoned-{number}")
         except RemoteError:
             return False
         return True
@@ -105,6 +114,22 @@ class FleetStages:
         fleet, self._fleet = self._fleet, None
         if fleet is not None:
             await fleet.close()
+
+
+async def stop_run(runner: NodeRunner, run: str, command_id: str) -> None:
+    """End what is kept for a run folder on a machine, if anything is."""
+    if await runner.connection.read(f"{run}/{KEEP}/keep.json"):
+        await runner.tell(f"{run}/{KEEP}", {"id": command_id, "do": "stop"})
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, or the first failure once the others have been ended: nothing goes on behind anybody's back."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 class _Preparation:
@@ -118,13 +143,13 @@ class _Preparation:
     async def prepare(self, say: Say, at: At) -> Ready:
         nodes = await self._answering(say)
         meter = _Meter(at)
-        sites = await asyncio.gather(*(self._site(node, meter) for node in nodes))
+        sites = await _together(self._site(node, meter) for node in nodes)
         twin = await self._twin(sites, nodes)
         launch, sites = await self._launch(sites, twin, say)
         shipment = self._shipment(twin, launch)
         self._outputs = shipment.outputs
-        await asyncio.gather(*(self._send(site, shipment, meter) for site in sites))
         await self._hand_over(sites[0])
+        await _together(self._send(site, shipment, meter) for site in sites)
         return Ready(sites=tuple(sites), group=self._placement.group is not None)
 
     async def leader(self, name: str) -> Site:
@@ -134,14 +159,18 @@ class _Preparation:
         workspace = self._stages.workspace_on(runner, local=local)
         return Site(name=node.title(), local=local, runner=runner, workspace=workspace)
 
+    def outputs(self) -> tuple[Path, ...]:
+        if self._outputs is None:
+            self._outputs = self._shipment("torch", LaunchSpec(twin="torch")).outputs
+        return tuple(here for _, here in self._outputs)
+
     async def fetch(self, site: Site, at: At) -> None:
         if site.local:
             await self._clear_copies(site)
             return
-        if self._outputs is None:
-            self._outputs = self._shipment("torch", LaunchSpec(twin="torch")).outputs
+        self.outputs()
         meter = _Meter(at)
-        for there, here in self._outputs:
+        for there, here in self._outputs or ():
             await fetch_tree(
                 site.runner,
                 site.path(there),
@@ -252,7 +281,7 @@ class _Preparation:
     async def _links(self, group: GroupSpec, plan: GroupPlan, sites: Sequence[Site]) -> LinkFiles:
         if len(sites) == 1:
             return LinkFiles(ssh_config="", aliases={})
-        if not (self._stages.root / KEY_FILE).exists():
+        if not has_leave(self._stages.root, group):
             raise NoUsableNode(
                 f"{plan.nodes[0]}, which leads the group {group.name}, has no leave to call the other machines by ssh",
                 fix=f"`jupiter nodes link --group {group.name}` gives it a key of this workspace for that",
@@ -286,15 +315,28 @@ class _Preparation:
         return ship(order, home=self._stages.home, run_folder=self._folder, twin=twin, launch=launch)
 
     async def _hand_over(self, site: Site) -> None:
-        """What an earlier machine of this stage had told and made before it was given up: the worker here goes on
-        from there, and no fact is told twice. Nothing where the stage was begun on this machine before."""
-        if site.local or (self._folder / "placement.json").exists():
+        """The machine's run folder tells the same story as ours, which the worker there then goes on with.
+
+        Ours is ahead where another machine had the stage before; there is none where the stage is to be done anew.
+        Either way whatever else lies there is of a former attempt: it is ended and put aside. Checkpoints stay, each
+        names the training it belongs to.
+        """
+        if site.local:
             return
-        known = [self._folder / "events.jsonl", *sorted(self._folder.glob("results/*.jsonl"))]
-        for path in known:
-            if path.exists():
-                there = site.path(f"runs/{self._folder.name}/{path.relative_to(self._folder).as_posix()}")
-                await site.connection.write(there, path.read_bytes())
+        run = site.path(f"runs/{self._folder.name}")
+        events = self._folder / "events.jsonl"
+        ours = events.read_bytes() if events.exists() else b""
+        theirs = await site.connection.read(f"{run}/events.jsonl", limit_bytes=max(1, len(ours) + 1))
+        if theirs[: len(ours)] == ours and bool(theirs) == bool(ours):
+            return
+        await stop_run(site.runner, run, f"anew-{read_placement(self._folder).round}")
+        stale = ("events.jsonl", "metrics.jsonl", "state.json", "results", "trained.json", KEEP)
+        paths = [f"{run}/{name}" for name in stale] if ours else [run]
+        await site.connection.run(["rm", "-rf", *paths])
+        if not ours:
+            return
+        for path in (events, *sorted(self._folder.glob("results/*.jsonl"))):
+            await site.connection.write(f"{run}/{path.relative_to(self._folder).as_posix()}", path.read_bytes())
 
     async def _send(self, site: Site, shipment: Shipment, meter: _Meter) -> None:
         run = site.path(f"runs/{self._folder.name}")

@@ -94,25 +94,27 @@ def ship(order: AnyOrder, *, home: Path, run_folder: Path, twin: Twin, launch: L
     return Shipment(order=there, inputs=tuple(rewriter.inputs.items()), outputs=tuple(outputs))
 
 
-def localise(value: Any, *, home: Path, run_folder: Path, workspace_there: str) -> Any:
-    """A result of a node with its paths turned into paths here. Whatever is no path stays as it is."""
+def localise(value: Any, *, home: Path, run_folder: Path, workspace_there: str, outputs: tuple[Path, ...] = ()) -> Any:
+    """A result of a node with its paths turned into paths here. Whatever is no path stays as it is.
+
+    A path leads into the run folder or to one of the stage's `outputs`; any other is a StateError: a node does not
+    choose what later stages read here, or send elsewhere.
+    """
 
     def text(found: str) -> str:
         if found.startswith(f"{workspace_there}/"):
-            return str(_below(home, found[len(workspace_there) + 1 :]))
-        if found.startswith("../"):
-            return str(_below(home, os.path.normpath(f"runs/{run_folder.name}/{found}")))
-        return found
+            here = home / os.path.normpath(found[len(workspace_there) + 1 :])
+        elif found.startswith("../"):
+            here = home / os.path.normpath(f"runs/{run_folder.name}/{found}")
+        elif found.startswith("/"):
+            here = Path(found)
+        else:
+            return found
+        if here in outputs or (here.is_relative_to(run_folder) and ".." not in here.parts):
+            return str(here)
+        raise StateError(f"a node reported the path {found[:200]!r}, which is none of its own")
 
     return _map_text(value, text)
-
-
-def _below(home: Path, relative: str) -> Path:
-    """StateError for a path that leads out of the workspace: a node does not choose what is read here."""
-    normal = os.path.normpath(relative)
-    if normal.startswith(("..", "/")):
-        raise StateError(f"a node reported the path {relative!r}, which lies outside the workspace")
-    return home / normal
 
 
 def _map_text(value: Any, change: Callable[[str], str]) -> Any:

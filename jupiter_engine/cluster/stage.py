@@ -41,6 +41,10 @@ KEEP: Final = "node"
 """Folder of the node runner's own files below a run folder."""
 _BEAT_S: Final = 1.0
 _RETRY_S: Final = 1.0
+_FAULTS: Final = 8
+_GOOD_S: Final = 30.0
+_NOTHING: Final = 5
+"""Beats without any state of a worker that was started: its folder is gone."""
 STOP_GRACE_S: Final = 60.0
 """A training step on a slow machine must fit in, so that a stop ends in a checkpoint and not in a kill."""
 NOWHERE: Final = ProcessIdentity(pid=0, started_at=0.0)
@@ -48,16 +52,22 @@ NOWHERE: Final = ProcessIdentity(pid=0, started_at=0.0)
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
-    """placement.json of a run folder: where the stage works. Written before anything is started there."""
+    """placement.json of a run folder: where the stage works, and how often a worker was started anywhere.
 
-    nodes: tuple[str, ...]
-    """The leading one first."""
+    It survives a change of machines, so that a round is never used twice: what a machine remembers of a
+    round can then only be about that round.
+    """
+
+    nodes: tuple[str, ...] = ()
+    """The leading one first; empty: not chosen."""
     group: bool = False
     """Whether they train as one group."""
     workspace: str = ""
     """Folder of this workspace on the leading machine; empty until it is known."""
     round: int = 0
-    """How often a worker was started there; 0: not yet."""
+    """Workers started so far, on whatever machine."""
+    begun: bool = False
+    """Whether the one of this round was started on `nodes`; false: they are chosen, nothing runs there yet."""
 
 
 class Maker(Protocol):
@@ -70,6 +80,27 @@ class Maker(Protocol):
 
     async def fetch(self, site: Site, at: Callable[[Progress], None]) -> None:
         """Bring the stage's outputs home, verified."""
+
+    def outputs(self) -> tuple[Path, ...]:
+        """Where they go here."""
+
+
+class Successor(msgspec.Struct, frozen=True, kw_only=True):
+    """A machine that could lead a group instead of one that is gone."""
+
+    name: str
+    step: int
+    """Of the newest checkpoint that it has a copy of; -1: none."""
+
+
+def read_placement(folder: Path) -> Placed:
+    """A run folder's placement.json; that of a stage which was begun nowhere if there is none."""
+    path = folder / "placement.json"
+    if not path.exists():
+        return Placed()
+    placed = read_json(path, Placed)
+    assert isinstance(placed, Placed)
+    return placed
 
 
 class RemoteStage(LocalRemote):
@@ -90,7 +121,9 @@ class RemoteStage(LocalRemote):
         self._over = False
         self._failure: JupiterError | None = None
         self._halt = False
-        self._seq = 0
+        self._making_ready = False
+        self._faults = 0
+        """Times in a row that following broke, although the machine answers, before it had gone well for a while."""
 
     # -- Remote ----------------------------------------------------------------------------------
     async def start(
@@ -98,13 +131,13 @@ class RemoteStage(LocalRemote):
     ) -> ProcessIdentity:
         """Make the machines ready and start the worker there, in the background: `alive` says how it goes."""
         await self._end_task()
-        self._over, self._failure, self._halt = False, None, False
+        self._over, self._failure, self._halt, self._making_ready = False, None, False, False
         self._task = asyncio.create_task(self._begin(env), name=f"stage {self._folder.name}")
         return NOWHERE
 
     async def alive(self, process: ProcessIdentity) -> bool:
         """Whether the stage is being made ready, at work, or out of sight; raises what made it impossible."""
-        if self._task is None and not self._over and self.placed().round:
+        if self._task is None and not self._over and self.placed().begun:
             # An engine before this one started it.
             self.name = self.placed().nodes[0]
             self._task = asyncio.create_task(self._follow(), name=f"stage {self._folder.name}")
@@ -142,7 +175,11 @@ class RemoteStage(LocalRemote):
 
     def localise(self, result: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = localise(
-            result, home=self._home, run_folder=self._folder, workspace_there=self.placed().workspace
+            result,
+            home=self._home,
+            run_folder=self._folder,
+            workspace_there=self.placed().workspace,
+            outputs=self._maker.outputs(),
         )
         return found
 
@@ -157,13 +194,7 @@ class RemoteStage(LocalRemote):
 
     # -- the work --------------------------------------------------------------------------------
     def placed(self) -> Placed:
-        """Where the stage was begun; round 0 before it was."""
-        path = self._folder / "placement.json"
-        if not path.exists():
-            return Placed(nodes=self.nodes)
-        placed = read_json(path, Placed)
-        assert isinstance(placed, Placed)
-        return placed
+        return read_placement(self._folder)
 
     def _say(self, text: str, level: str = "info") -> None:
         self.notes.append((level, text))
@@ -188,15 +219,21 @@ class RemoteStage(LocalRemote):
 
     async def _begin(self, env: dict[str, str]) -> None:
         async def work() -> None:
+            self._making_ready = True
             ready = await self._make_ready()
-            placed = self.placed()
             self.name = ready.leader.name
-            again = msgspec.structs.replace(
-                placed, nodes=ready.names(), group=ready.group, workspace=ready.leader.workspace, round=placed.round + 1
+            again = Placed(
+                nodes=ready.names(),
+                group=ready.group,
+                workspace=ready.leader.workspace,
+                round=self.placed().round + 1,
+                begun=True,
             )
+            # From here on something may run there, whatever ends this process.
             write_json(self._folder / "placement.json", again)
-            await self._keep(ready.leader, env, again.round)
+            self._making_ready = False
             self.progress = None
+            await self._keep(ready.leader, env, again.round)
             self._say(f"{self._folder.name} works on {', '.join(ready.names())}")
             await self._mirror()
 
@@ -236,24 +273,33 @@ class RemoteStage(LocalRemote):
     async def _ask_halt(self) -> None:
         """Hand the wish to the worker there; if nothing was started yet, there is nothing to bring to rest."""
         self._halt = True
-        if self.placed().round == 0 or (self._task is not None and self.progress is not None):
+        if self._making_ready or not self.placed().begun:
             await self._end_task()
-            self._over = True
+            self._over, self._making_ready, self.progress = True, False, None
 
     async def _mirror(self) -> None:
-        """Follow the run to its end, over any number of connections."""
+        """Follow the run to its end, over any number of connections.
+
+        A lost connection is waited out. What breaks again and again although the machine answers (answers that are
+        none, limits that are passed, files that cannot be fetched) fails the stage.
+        """
         while True:
             try:
                 site = await self._maker.leader(self.name)
-                self._heard()
                 if await self._follow_once(site):
                     self._over = True
                     return
             except NodeRefused:
                 raise
-            except RemoteError as error:
+            except NodeUnreachable as error:
                 self._lost(error)
-                await asyncio.sleep(_RETRY_S)
+            except RemoteError as error:
+                self._faults += 1
+                if self._faults >= _FAULTS:
+                    raise
+                if self._faults == 1:
+                    self._say(f"{self.name}: {error.detail}; trying again", "warning")
+            await asyncio.sleep(_RETRY_S)
 
     def _heard(self) -> None:
         if self.silent_since is not None:
@@ -263,7 +309,8 @@ class RemoteStage(LocalRemote):
     def _lost(self, error: RemoteError, so: str = "what runs there goes on") -> None:
         if self.silent_since is None:
             self.silent_since = time.monotonic()
-            self._say(f"{self.name} does not answer ({error.detail}); {so}", "warning")
+            fix = f" -> {error.fix}" if error.fix else ""
+            self._say(f"{self.name} does not answer ({error.detail}); {so}{fix}", "warning")
 
     async def _follow_once(self, site: Site) -> bool:
         """True once the worker has ended and everything it wrote is here."""
@@ -276,17 +323,25 @@ class RemoteStage(LocalRemote):
         mirror = Mirror(self._folder, MIRRORED, before_events=self._before_event(site), host=self.name)
         following = site.runner.follow(run, MIRRORED, have=mirror.have(), keep=keep, beat_s=_BEAT_S)
         told = ended = False
+        nothing, began = 0, time.monotonic()
         async with contextlib.aclosing(following) as frames:
             async for frame in frames:
-                self._heard()
                 if not isinstance(frame, BeatFrame):
                     await mirror.apply(frame)
+                    self._heard()
                     continue
+                self._heard()
+                if time.monotonic() - began > _GOOD_S:
+                    self._faults = 0
                 if self._halt and not told:
                     await site.connection.write(f"{run}/inbox/halt", b"")
                     told = True
                 if ended:
                     # A whole look has passed since the end was seen: all that was written has come.
+                    return True
+                nothing = nothing + 1 if frame.state is None else 0
+                if nothing > _NOTHING:
+                    self._say(f"{self.name} has nothing of {self._folder.name} any more", "warning")
                     return True
                 if frame.state is not None:
                     ended = await self._ended(site.runner, keep, frame.state)

@@ -19,7 +19,7 @@ import msgspec
 
 from jupiter_engine import __version__
 from jupiter_engine.cluster.placement import require_duties
-from jupiter_engine.errors import JupiterError, StateError, UsageError
+from jupiter_engine.errors import JupiterError, RemoteError, StateError, UsageError
 from jupiter_engine.files import ProcessIdentity, disk_full, write_atomic, write_json
 from jupiter_engine.orchestrator.database import Database
 from jupiter_engine.orchestrator.dispatch import Dispatcher, Stages
@@ -48,6 +48,8 @@ IDLE_EXIT_S = 60.0
 
 HALT_PATIENCE_S = 600.0
 """A worker that has not come to a safe point by then hangs: it is ended, and continues from its last one."""
+HALT_SILENCE_S = 10.0
+"""A machine that is silent for so long is not waited for when its stage is to be halted."""
 LINGER_S = 30.0
 """A worker that still runs this long after its result is ended."""
 
@@ -90,6 +92,8 @@ class Engine:
         self._halt_since = 0.0
         self._shut_down = False
         self._progress: Progress | None = None
+        self._failed_run = ""
+        """A run whose machines are still to be let go of."""
         self._refresh()
         self._handlers = CommandHandlers(self.root, self.database)
         self._append(j.EngineStarted(pid=os.getpid(), version=__version__))
@@ -129,8 +133,12 @@ class Engine:
     async def step(self) -> bool:
         """One round: commands first, then the active cycle. True if anything was done."""
         did = self._carry_out_commands()
+        if self._failed_run:
+            # Resumed, the stage is placed anew by what the cluster file says then.
+            await self.dispatch.forget(self._failed_run)
+            self._failed_run = ""
         self._take_notes()
-        await self.dispatch.tidy()
+        self.dispatch.tidy()
         cycle = self._active()
         if cycle is None:
             if self._stage is not None and self._stage.outcome is not None:
@@ -151,6 +159,8 @@ class Engine:
         stage = cycle.current_stage()
         name = stage.stage if stage is not None else "report"
         self._stage = None
+        self._halt_since = 0.0
+        self._failed_run = run_name(cycle.id, name)
         self._append(
             j.StageFailed(
                 cycle=cycle.id,
@@ -222,10 +232,17 @@ class Engine:
 
     async def _settle(self, run: StageRun) -> bool:
         """Wait for the process of a stage that has given its result: the next one needs its memory."""
-        if await run.working():
-            if time.monotonic() - run.outcome_at > LINGER_S:
-                await run.kill()
-            return False
+        try:
+            if await run.working():
+                if time.monotonic() - run.outcome_at <= LINGER_S:
+                    return False
+                if self.dispatch.silent_s(run.run) == 0.0:
+                    await run.kill()
+                    return False
+                await self.dispatch.let_go(run.folder, "the result is here; its machine does not answer any more")
+        except RemoteError as error:
+            # The result is home; whatever is left over there is ended when the machine answers again.
+            await self.dispatch.let_go(run.folder, f"the result is here, but its worker was not ended: {error.detail}")
         self._stage = None
         await self.dispatch.forget(run.run)
         return True
@@ -239,14 +256,18 @@ class Engine:
             await self._stage.ask_halt()
             took = await self._stage.take_in()
             if await self._stage.working():
-                if time.monotonic() - self._halt_since > HALT_PATIENCE_S:
-                    await self._stage.kill()
-                self._refresh()
-                return took
+                if self.dispatch.silent_s(self._stage.run) > HALT_SILENCE_S:
+                    text = "its machine does not answer: what runs there is ended when it does"
+                    await self.dispatch.let_go(self._stage.folder, text)
+                else:
+                    if time.monotonic() - self._halt_since > HALT_PATIENCE_S:
+                        await self._stage.kill()
+                    self._refresh()
+                    return took
             await self._stage.take_in()
             self._stage = None
-            self._halt_since = 0.0
             self._refresh()
+        self._halt_since = 0.0
         current = self.state.cycles[cycle.id]
         if current.status == "pausing":
             self._append(j.CycleStatus(cycle=cycle.id, status="paused", by="engine"))

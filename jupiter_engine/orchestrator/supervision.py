@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -13,7 +14,8 @@ from jupiter_engine.errors import StateError
 from jupiter_engine.files import ProcessIdentity
 from jupiter_engine.orchestrator.database import Database
 from jupiter_engine.protocol import facts, journal
-from jupiter_engine.protocol.orders import AnyOrder
+from jupiter_engine.protocol.decision import Decision
+from jupiter_engine.protocol.orders import AnyOrder, ModelRef
 from jupiter_engine.protocol.rows import Sample, Verdict
 from jupiter_engine.remote.port import Remote
 from jupiter_engine.units import plain_text
@@ -32,6 +34,16 @@ TABLES_OF_STAGE = {
     "filter": ("verdicts",),
     "evaluate": ("scores",),
 }
+RESULTS_OF_STAGE: dict[str, dict[str, Any]] = {
+    "prepare": {"model": ModelRef},
+    "collect": {"chunks_path": str, "items_path": str},
+    "generate": {"samples_path": str},
+    "queue": {"snapshot": str},
+    "train": {"model": ModelRef, "steps": int, "first_loss": float, "last_loss": float, "tokens_per_s": float},
+    "evaluate": {"scores_path": str},
+    "gate": {"decision": Decision},
+}
+_LARGEST = 2**53
 _LATE_S = 30.0
 """A fact older than this when it is taken in keeps its own time in the journal."""
 STOP_GRACE_S = 60.0
@@ -62,9 +74,11 @@ class StageRun:
         """Write the order and start a worker, or re-attach to the one that is still at work."""
         spec = self.folder / "spec.json"
         written, wanted = await self._remote.read(spec), msgspec.json.encode(order)
+        position, _ = self._database.run_position(self.run)
+        told = await self._remote.read(self.folder / "events.jsonl", max(0, position - 1))
         with self._database.transaction():
             self._database.add_run(self.run, self._domain, self._number, self.stage)
-            if not written:
+            if position and not told:
                 # A folder that was removed to redo the stage: its facts are counted anew.
                 self._database.set_run_position(self.run, 0, 0)
             self._database.append(
@@ -87,7 +101,12 @@ class StageRun:
         data = await self._remote.read(self.folder / "state.json")
         if not data:
             return None
-        identity = msgspec.json.decode(data, type=facts.RunState).worker
+        try:
+            identity = msgspec.json.decode(data, type=facts.RunState).worker
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise StateError(
+                f"{self.folder}/state.json is none: {error}", fix="remove the run folder and resume the cycle"
+            ) from error
         return identity if await self._remote.alive(identity) else None
 
     async def working(self) -> bool:
@@ -138,7 +157,10 @@ class StageRun:
 
     def _fact(self, line: bytes) -> facts.AnyFact:
         try:
-            return facts.decoder.decode(line)
+            fact: facts.AnyFact = facts.decoder.decode(line)
+            if not (0 < fact.seq < _LARGEST and 0 <= fact.at < _LARGEST):
+                raise msgspec.ValidationError(f"number {fact.seq} at {fact.at}")
+            return fact
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise StateError(
                 f"{self.folder}/events.jsonl holds a line that no worker writes: {error}",
@@ -161,7 +183,7 @@ class StageRun:
                 self._database.append(noted)
             case facts.Finished():
                 self.outcome = fact
-                result = self._remote.localise(fact.result)
+                result = self._remote.localise(self._sound(fact.result))
                 self._database.append(
                     journal.StageFinished(cycle=self.cycle, stage=self.stage, run=self.run, result=result)
                 )
@@ -171,6 +193,18 @@ class StageRun:
             case facts.Halted():
                 self.halted = True
                 self._database.append(journal.StageHalted(cycle=self.cycle, stage=self.stage, run=self.run))
+
+    def _sound(self, result: dict[str, Any]) -> dict[str, Any]:
+        """A stage's result with what later stages take from it in the form that they need."""
+        try:
+            for key, kind in RESULTS_OF_STAGE.get(self.stage, {}).items():
+                msgspec.convert(result.get(key), kind)
+        except msgspec.ValidationError as error:
+            raise StateError(
+                f"{self.run} finished with a result that is none: {error}",
+                fix="look at the machine that wrote it; then remove the run folder and resume the cycle",
+            ) from error
+        return result
 
     def append_failure(self, kind: str, title: str, detail: str, fix: str) -> None:
         self._database.append(

@@ -14,6 +14,9 @@ import psutil
 from jupiter_engine.errors import RemoteError
 from jupiter_engine.files import ProcessIdentity, disk_full, write_atomic
 
+READ_BYTES = 64 << 20
+"""Most that is read at once: a run folder may be a mirror of another machine's, which does not get all our memory."""
+
 
 class LocalRemote:
     """Runs workers as detached processes of this machine."""
@@ -72,7 +75,7 @@ class LocalRemote:
         try:
             with Path(path).open("rb") as file:
                 file.seek(offset_bytes)
-                return file.read()
+                return file.read(READ_BYTES)
         except FileNotFoundError:
             return b""
 

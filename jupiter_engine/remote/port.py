@@ -32,7 +32,7 @@ class Remote(Protocol):
         """End the process's session: SIGTERM, and SIGKILL once `grace_s` has passed."""
 
     async def read(self, path: PurePath, offset_bytes: int = 0) -> bytes:
-        """Content from the offset on; empty if the file does not exist."""
+        """Content from the offset on, 64 MiB at most; empty if the file does not exist."""
 
     async def write(self, path: PurePath, data: bytes) -> None:
         """Write whole or not at all, creating the folder."""

@@ -70,19 +70,23 @@ def test_stages_on_the_workspaces_files_are_not_shipped() -> None:
 def test_results_come_home() -> None:
     there = "/Users/bob/.jupiter/workspaces/1"
     found = localise(
-        {"model": {"folder": "../../models/m", "name": "m"}, "p": f"{there}/runs/x/a.jsonl", "n": [1, "../y"]},
+        {"model": {"folder": "../../models/m", "name": "m"}, "p": f"{there}/runs/{RUN.name}/results/a.jsonl", "n": [1]},
         home=HOME,
         run_folder=RUN,
         workspace_there=there,
+        outputs=(HOME / "models/m",),
     )
     assert found == {
         "model": {"folder": str(HOME / "models/m"), "name": "m"},
-        "p": str(HOME / "runs/x/a.jsonl"),
-        "n": [1, str(HOME / "runs/y")],
+        "p": str(RUN / "results/a.jsonl"),
+        "n": [1],
     }
 
 
-@pytest.mark.parametrize("path", ["../../../../etc/passwd", "/there/../../etc", "../../.."])
+@pytest.mark.parametrize(
+    "path",
+    ["../../../../etc/passwd", "/there/../../etc", "../../..", "../../keys", "/home/ada/.ssh", "/there/models/m2"],
+)
 def test_a_node_does_not_choose_what_is_read_here(path: str) -> None:
-    with pytest.raises(StateError, match="outside the workspace"):
-        localise({"p": path}, home=HOME, run_folder=RUN, workspace_there="/there")
+    with pytest.raises(StateError, match="none of its own"):
+        localise({"p": path}, home=HOME, run_folder=RUN, workspace_there="/there", outputs=(HOME / "models/m",))

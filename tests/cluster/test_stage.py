@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ from jupiter_engine.cluster.shipping import Shipment, ship
 from jupiter_engine.cluster.site import Ready, Site
 from jupiter_engine.cluster.stage import NOWHERE, RemoteStage
 from jupiter_engine.cluster.transfer import fetch_tree, send_tree
-from jupiter_engine.errors import JupiterError, NodeUnreachable
+from jupiter_engine.errors import JupiterError, NodeUnreachable, RemoteError
 from jupiter_engine.protocol import facts
 from jupiter_engine.protocol.facts import Metric, Progress
 from jupiter_engine.protocol.orders import TrainOrder
@@ -98,6 +99,9 @@ class Far:
             python=sys.executable,
             env={"PYTHONPATH": CODE},
         )
+
+    def outputs(self) -> tuple[Path, ...]:
+        return tuple(here for _, here in self.shipment().outputs)
 
     async def fetch(self, site: Site, at: Callable[[Progress], None]) -> None:
         for there, here in self.shipment().outputs:
@@ -279,3 +283,29 @@ async def test_what_calling_again_does_not_mend_fails_the_stage(cases: Cases) ->
     with pytest.raises(JupiterError, match="no key fits"):
         await case.over(5.0)
     assert not await case.stage.alive(NOWHERE)
+
+
+async def test_a_run_folder_that_is_gone_over_there_is_not_waited_for(cases: Cases) -> None:
+    case = cases(steps=4000)
+    await case.start()
+    await case.until(lambda: len(case.steps()) > 5)
+    await case.far.runner.tell(str(case.there / "node"), {"id": "gone", "do": "kill"})
+    shutil.rmtree(case.there)
+    await case.over(60.0)
+    assert any("has nothing of nano-0001-train any more" in text for _, text in case.stage.take_notes())
+
+
+async def test_what_cannot_be_fetched_again_and_again_fails_the_stage_in_few_words(
+    cases: Cases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jupiter_engine.cluster.stage._RETRY_S", 0.05)
+    case = cases()
+
+    async def refuse(site: Site, at: object) -> None:
+        raise RemoteError("the files cannot be read", host="far")
+
+    case.far.fetch = refuse  # type: ignore[method-assign]
+    await case.start()
+    with pytest.raises(JupiterError, match="cannot be read"):
+        await case.over(60.0)
+    assert len(case.stage.take_notes()) < 5

@@ -25,6 +25,7 @@ RANKS_VARIABLE = "JUPITER_RANKS"
 UNREACHED = ("unreachable",)
 """Kinds of the launcher's errors about a host that mean it was not reached."""
 _ASK_S = 8.0
+_EXCUSES = 4
 
 
 def write_group_spec(
@@ -91,14 +92,22 @@ class Roll:
     def __init__(self, launch: LaunchSpec) -> None:
         self._launch = launch
         self._silent_since: dict[str, float] = {}
+        self._excuses: dict[str, int] = {}
+        """Launches in a row that failed for want of a host."""
         self.left_out: set[str] = set()
 
     def lost(self, name: str) -> None:
-        if name != self._launch.hosts[0].name:
-            self._silent_since.setdefault(name, time.monotonic())
+        if name != self._launch.hosts[0].name and name not in self._silent_since:
+            self._silent_since[name] = time.monotonic()
+            self._excuses[name] = self._excuses.get(name, 0) + 1
 
     def answered(self, name: str) -> None:
         self._silent_since.pop(name, None)
+
+    def took_part(self, name: str) -> None:
+        """It trained: whatever was the matter with it is over."""
+        self.answered(name)
+        self._excuses.pop(name, None)
 
     def missed(self) -> set[str]:
         """Hosts that are silent but not given up yet."""
@@ -115,7 +124,8 @@ class Roll:
             since = self._silent_since.get(host.name)
             if since is None:
                 continue
-            if self._reachable(host):
+            # One that answers ssh but fails launch after launch is as good as gone.
+            if self._excuses.get(host.name, 0) < _EXCUSES and self._reachable(host):
                 if host.name in self.left_out:
                     self.left_out.discard(host.name)
                     said.append(f"{host.name} answers again and takes part")

@@ -321,7 +321,7 @@ class Supervisor:
             case reports.Begun():
                 launch.last_step = report.step
                 for host in launch.hosts:
-                    self._roll.answered(host.name)
+                    self._roll.took_part(host.name)
                 self._launched_at.append(time.monotonic())
                 self._listener.begun(report.step)
             case reports.Step():
@@ -438,10 +438,12 @@ def end_leftovers(run_folder: Path) -> None:
     ranks = [report.process for _, report in said if isinstance(report, reports.Ready)]
     alive = group.launcher is not None and group.launcher.alive()
     if alive or any(identity.alive() for identity in ranks):
-        end_processes(group.launcher.pid if alive and group.launcher else None, ranks)
+        # The launcher of several machines ends the ranks there first.
+        patience_s = _GROUP_TERM_S if (folder / "group-spec.json").exists() else _TERM_S
+        end_processes(group.launcher.pid if alive and group.launcher else None, ranks, patience_s)
 
 
-def end_processes(launcher: int | None, ranks: list[ProcessIdentity]) -> None:
+def end_processes(launcher: int | None, ranks: list[ProcessIdentity], patience_s: float = _TERM_S) -> None:
     """SIGTERM, then SIGKILL: the launcher's process group and each rank's (torchrun gives them their own)."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if launcher is not None:
@@ -453,7 +455,7 @@ def end_processes(launcher: int | None, ranks: list[ProcessIdentity]) -> None:
                     process.send_signal(number)
                 except psutil.NoSuchProcess:
                     continue
-        if not _wait(lambda: any(identity.alive() for identity in ranks) or _group_alive(launcher), _TERM_S):
+        if not _wait(lambda: any(identity.alive() for identity in ranks) or _group_alive(launcher), patience_s):
             return
 
 
