@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from jupiter_engine.cluster.stage import STOP_GRACE_S
 from jupiter_engine.errors import StateError
 from jupiter_engine.files import ProcessIdentity
 from jupiter_engine.orchestrator.database import Database
@@ -46,8 +47,6 @@ RESULTS_OF_STAGE: dict[str, dict[str, Any]] = {
 _LARGEST = 2**53
 _LATE_S = 30.0
 """A fact older than this when it is taken in keeps its own time in the journal."""
-STOP_GRACE_S = 60.0
-"""A training step on a slow machine must fit in, so that a stop ends in a checkpoint and not in a kill."""
 
 
 class StageRun:
