@@ -19,7 +19,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from . import identity
 from .errors import NodeError
 from .files import read_json
 from .tools import run_tool, search_path
-from .wire import UNTOUCHED_S, argument, locked, relative, say, write_whole
+from .wire import UNTOUCHED_S, argument, is_full, locked, no_room, relative, say, write_whole
 
 MINIMUM = (3, 11)
 """Oldest Python that Jupiter's workers run on."""
@@ -195,7 +195,7 @@ def build(arguments: list[str]) -> int:
     """WORKDIR; stdin the order: see jupiter_engine.node.building. Lines {"step", "done", "total"}, then {"ready"}."""
     from .building import build_environment
 
-    return build_environment(Layout(argument(arguments, 0, "WORKDIR")))
+    return _in_words(build_environment, Layout(argument(arguments, 0, "WORKDIR")))
 
 
 def download(arguments: list[str]) -> int:
@@ -203,7 +203,17 @@ def download(arguments: list[str]) -> int:
     {"wheels": [{"filename", "sha256", "size"}]} or {"failed": why}."""
     from .building import download_wheels
 
-    return download_wheels(Layout(argument(arguments, 0, "WORKDIR")))
+    return _in_words(download_wheels, Layout(argument(arguments, 0, "WORKDIR")))
+
+
+def _in_words(work: Callable[[Layout], int], layout: Layout) -> int:
+    """Do it; a disk that fills meanwhile is NodeError `DiskFull` with what is free."""
+    try:
+        return work(layout)
+    except OSError as error:
+        if is_full(error):
+            raise no_room(layout.workdir, 0) from error
+        raise
 
 
 def prune(arguments: list[str]) -> int:

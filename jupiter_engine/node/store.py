@@ -286,16 +286,24 @@ class Receiver:
     def run(self) -> dict[str, Any]:
         """Until {"end": true}; an input that ends before is NodeError `interrupted`, what arrived stays."""
         try:
-            while True:
-                header = read_header(self.source)
-                if header is None:
-                    raise NodeError("interrupted", f"the input ended after {self.stored} files")
-                if header.get("end") is True:
-                    break
-                self._take(header)
-        finally:
-            self._seal()
+            try:
+                self._take_all()
+            finally:
+                self._seal()
+        except OSError as error:
+            if is_full(error):
+                raise no_room(self.store.folder, 0) from error
+            raise
         return {"stored": self.stored, "refused": self.refused}
+
+    def _take_all(self) -> None:
+        while True:
+            header = read_header(self.source)
+            if header is None:
+                raise NodeError("interrupted", f"the input ended after {self.stored} files")
+            if header.get("end") is True:
+                return
+            self._take(header)
 
     def _take(self, header: dict[str, Any]) -> None:
         sha256, size = sha_of(header.get("sha256")), count_of(header.get("size"))
@@ -338,9 +346,14 @@ class Receiver:
         file, self._pack = self._pack, None
         if file is None:
             return
-        with file:
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            # What it held is asked for again.
+            self._pack_path.unlink()
+            raise
         pack = self._pack_path.with_suffix(".pack")
         self._pack_path.replace(pack)
         _write_index(pack.with_suffix(".json"), self._entries)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -163,6 +166,36 @@ async def test_a_full_disk_is_said_before_anything_is_sent(
         await transfer.send_tree(node, tree, "inputs", hashes)
     assert node.sent_bytes < 20_000
     assert not list((Path(node.workdir) / "store").glob("*.part"))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+async def test_a_disk_that_fills_meanwhile_is_said_with_numbers_and_goes_on_once_there_is_room(
+    node: MeteredNode, hashes: HashCache, tmp_path: Path, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = make_tree(tmp_path / "tree", small=5, big=3)
+    node.workdir = str(tiny_disk / "work")
+    with pytest.raises(DiskFull, match="are needed"):
+        await transfer.send_tree(node, tree, "inputs", hashes)
+    # As if there had been room when it began.
+    monkeypatch.setattr(transfer, "_require_room", lambda *_: None)
+    with pytest.raises(DiskFull, match=r"no room left .* bytes are free"):
+        await transfer.send_tree(node, tree, "inputs", hashes)
+    assert not (tiny_disk / "work" / "inputs").exists()
+    await asyncio.to_thread(subprocess.run, ["mount", "-o", "remount,size=32m", str(tiny_disk)], check=True)
+    sent = await transfer.send_tree(node, tree, "inputs", hashes)
+    assert content(tiny_disk / "work" / "inputs") == content(tree)
+    assert sent.moved_bytes <= sent.total_bytes - BIG
 
 
 async def test_a_tree_comes_back_and_only_what_is_new(node: MeteredNode, hashes: HashCache, tmp_path: Path) -> None:
