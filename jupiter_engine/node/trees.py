@@ -124,8 +124,33 @@ class Tree:
             self.note(settled if names is None else {**known, **settled}, placed=self._placed)
         return found
 
+    def unchanged(self) -> str:
+        """Hash of the folder's manifest if all of it is as it was noted, else empty. Reads no file."""
+        try:
+            record = json.loads(self.notes.read_bytes())
+            files = record["files"]
+            if record["boot_id"] != boot_id():
+                return ""
+            count = 0
+            for path, at in _files(self.folder):
+                _, size, executable, mtime_ns, inode = files[path]
+                seen = (at.st_size, at.st_mtime_ns, at.st_ino, bool(at.st_mode & stat.S_IXUSR))
+                if seen != (size, mtime_ns, inode, executable):
+                    return ""
+                count += 1
+            return str(record["sha256"]) if count == len(files) else ""
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            # Not noted yet, or a file that was not: then a whole look tells.
+            return ""
+
     def note(self, entries: dict[str, Entry], *, placed: bool) -> None:
-        record = {"folder": str(self.folder), "placed": placed, "boot_id": boot_id(), "files": entries}
+        record = {
+            "folder": str(self.folder),
+            "placed": placed,
+            "boot_id": boot_id(),
+            "sha256": manifest_sha(_plain(entries)),
+            "files": entries,
+        }
         write_whole(self.notes, json.dumps(record, separators=(",", ":")).encode("utf-8", "surrogateescape"))
         self._placed = placed
 
@@ -285,11 +310,13 @@ def take(arguments: list[str]) -> int:
     tree = Tree(argument(arguments, 0, "WORKDIR"), argument(arguments, 1, "FOLDER"))
     beside = arguments[2:] == ["beside"]
     source = standard_input()
-    found = {} if beside else _plain(tree.look())
+    found = "" if beside else tree.unchanged() or manifest_sha(_plain(tree.look()))
     first = read_header(source, LIST_BYTES) or {}
     wanted = sha_of(first.get("sha256"))
     files = _announced(first, wanted) if beside else {}
-    if manifest_sha(_plain(tree.look(files)) if beside else found) == wanted and tree.folder.is_dir():
+    if beside:
+        found = manifest_sha(_plain(tree.look(files)))
+    if found == wanted and tree.folder.is_dir():
         say({"current": True})
         return 0
     say({"current": False})
