@@ -34,6 +34,7 @@ import psutil
 import pytest
 
 ROOT = Path("/run/jupiter-rig")
+CHECKOUT = Path(__file__).resolve().parents[1]
 _TOOLS = ("ip", "unshare", "nsenter", "mount", "umount", "ssh", "ssh-keygen", "/usr/sbin/sshd")
 _BOOT_S = 10.0
 _MIB = 2**20
@@ -46,7 +47,9 @@ def mount(*words):
     subprocess.run(["mount", *words], check=True)
 subprocess.run(["hostname", me["name"]], check=True)
 for source, target in me["binds"]:
-    mount("--bind", source, target)
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    mount("--rbind", source, target)
 for hidden in me["hidden"]:
     mount("-t", "tmpfs", "-o", "ro,size=4k", "none", hidden)
 for name in list(os.environ):
@@ -235,6 +238,9 @@ class RigHost:
         etc = self.disk / "etc"
         binds = [(str(etc / name), f"/etc/{name}") for name in ("hosts", "passwd", "resolv.conf")]
         binds.append((str(etc / "boot_id"), "/proc/sys/kernel/random/boot_id"))
+        if CHECKOUT.is_relative_to("/tmp"):
+            # The host's own /tmp would hide it.
+            binds.append((str(CHECKOUT), str(self.disk / CHECKOUT.relative_to("/"))))
         binds.append((str(self.disk / "tmp"), "/tmp"))
         hidden = [str(host.disk) for host in self._rig.hosts if host is not self]
         return {
