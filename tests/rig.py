@@ -140,6 +140,11 @@ class RigHost:
         """Plug the network cable in again."""
         _ip("link", "set", self._netns, "up")
 
+    def temporary_files(self) -> list[Path]:
+        """What lies in its /tmp (where the way to the checkout may begin, which is not its own)."""
+        way = {self.disk / Path(*CHECKOUT.parts[1:3])}
+        return [path for path in (self.disk / "tmp").iterdir() if path not in way]
+
     def pids(self) -> list[int]:
         """Processes of the host, by this machine's numbers, without its first one."""
         found = subprocess.run(["ip", "netns", "pids", self._netns], capture_output=True, text=True, check=False)

@@ -36,6 +36,8 @@ from jupiter_engine.units import bytes_text, duration_text, plain_text
 Mode = Literal["auto", "carried", "index"]
 KEPT_ENVIRONMENTS = 2
 """The one of now and the one before it, for a way back."""
+UNUSED_S = 30 * 86400
+"""Files of a node's store that nothing has used for so long, and no folder holds, are removed with the next build."""
 CLOCK_LIMIT_S = 86400.0
 """With a clock further off than this neither certificates nor times of files mean anything there."""
 AT_ONCE = 8
@@ -358,6 +360,7 @@ class _Push:
         await asyncio.to_thread(self._remember, note)
         arguments = (self._node.workdir, str(KEPT_ENVIRONMENTS))
         await ask(self._node, "environment-prune", *arguments, limit_bytes=1 << 20)
+        await ask(self._node, "store-prune", self._node.workdir, str(UNUSED_S), limit_bytes=1 << 20)
         return environment
 
     async def _converse(self, verb: str, order: dict[str, Any], meter: Meter) -> dict[str, Any]:

@@ -351,6 +351,11 @@ async def test_all_nodes_at_once_each_with_its_own_end(
         (tmp_path / name).mkdir()
         nodes[name] = MeteredNode.at(tmp_path / name)
 
+    forgotten = tmp_path / "one" / "work" / "store" / ("ab" * 32)
+    forgotten.parent.mkdir(parents=True)
+    forgotten.write_bytes(bytes(100_000))
+    os.utime(forgotten, (1e9, 1e9))
+
     class Three:
         async def runner(self, name: str) -> MeteredNode:
             if name not in nodes:
@@ -366,6 +371,7 @@ async def test_all_nodes_at_once_each_with_its_own_end(
     assert isinstance(found["two"], Environment)
     assert isinstance(found["three"], JupiterError)
     assert set(told) == {"one", "two"}
+    assert not forgotten.exists()
 
 
 def test_locks_name_what_a_platform_takes() -> None:

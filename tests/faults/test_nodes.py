@@ -145,7 +145,7 @@ def test_an_mlx_ring_by_mlx_launch_survives_a_link_that_is_cut_and_a_killed_rank
     cluster.check_whole()
     # Nothing of mlx.launch is left in the hosts' temporary folders.
     for host in rig.hosts:
-        assert not [path for path in (host.disk / "tmp").iterdir() if path.name.startswith("tmp.")], host.name
+        assert not [path for path in host.temporary_files() if path.name.startswith("tmp.")], host.name
 
 
 def test_every_role_works_on_its_own_host(rig: Rig, clusters: Clusters) -> None:

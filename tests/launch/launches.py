@@ -211,8 +211,8 @@ class Launch:
         """What lies in the temporary folders of a rig's hosts that are up, and of the launch itself."""
         up = [name for name in self.run_folders if self.rig is None or self.rig[name].up]
         roots = [self.run_folders[name] / "ranks" / str(self.generation) / "tmp" for name in up]
-        tmp = [self.rig[name].disk / "tmp" for name in up] if self.rig else []
-        return [root for root in roots if root.exists()] + [path for root in tmp for path in root.iterdir()]
+        of_hosts = [path for name in up for path in self.rig[name].temporary_files()] if self.rig else []
+        return [root for root in roots if root.exists()] + of_hosts
 
     def assert_nothing_left(self, timeout_s: float = 5.0) -> None:
         self.until(lambda: not self.processes(), "the end of all processes", timeout_s)
