@@ -125,6 +125,7 @@ async def test_changed_code_sends_only_code(node: MeteredNode, root: Path, packa
     assert len(list((Path(node.workdir) / "bases").glob("*/ready.json"))) == 1
     assert node.streams == [
         "environment-state", "store-have", "store-receive", "environment-build", "environment-prune",
+        "store-prune",
     ]  # fmt: skip
     # The way back is still there, at one round trip.
     (package / "fresh.py").unlink()

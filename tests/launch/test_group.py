@@ -377,7 +377,9 @@ def test_a_host_that_was_restarted_is_lost_at_once(make: Make, rig: Rig) -> None
     booted_at = time.monotonic()
     assert launch.wait() == 1
     assert time.monotonic() - booted_at < 15.0
-    assert launch.last_line()["reason"] == "node2: its node runner has gone"
+    # Whichever of the two records is read first after the boot: both are true.
+    gone = ("node2: its node runner has gone", "node2: what watches its ranks has gone")
+    assert launch.last_line()["reason"] in gone
     launch.assert_nothing_left()
 
 

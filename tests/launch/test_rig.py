@@ -25,7 +25,9 @@ def rig() -> Iterator[Rig]:
 
 
 def test_hosts_are_apart_and_reach_each_other(rig: Rig) -> None:
-    here = rig.ssh("node1", f"hostname; echo $HOME; touch /tmp/mine; ssh -F {rig.ssh_config} node2 'hostname; ls /tmp'")
+    here = rig.ssh(
+        "node1", f"hostname; echo $HOME; touch /tmp/mine; ssh -F {rig.ssh_config} node2 'hostname; ls /tmp/mine'"
+    )
     assert here.stdout.split() == ["node1", str(rig["node1"].home), "node2"], here.stderr
     assert (rig["node1"].disk / "tmp" / "mine").exists()
     assert rig["node2"].run("ls", str(rig["node1"].disk)).stdout == ""
