@@ -11,10 +11,15 @@ from jupiter_engine.checkpoints.tensors import Array
 class TrainerState:
     """Everything that the next optimizer step depends on, besides data and recipe.
 
-    `weights` and `moments` are float32. `moments` holds `m.<name>` and
-    `v.<name>`, the first and second AdamW moment of each weight; `updates` is
-    the number of updates they have seen. `rng` holds the framework's random
-    number generators as they are (twin-specific names, e.g. `torch.cpu`).
+    `weights` are what is trained, float32, by parameter name (with LoRA: the
+    adapters, `<projection>.lora_a` and `.lora_b`; the frozen rest is the start
+    model). `moments` holds the optimizer's state as `<kind>.<parameter>`:
+    `m` and `v` float32 of the parameter's shape (adamw), `m` alone for Muon's
+    matrices, `row`, `col` or `v` (adafactor), `m8`/`v8` uint8 with their scales
+    `ms`/`vs` (adamw8bit). Whole arrays whatever the sharding, so the number of
+    ranks may change between save and resume. `updates` is the number of updates
+    they have seen. `rng` holds the framework's random number generators as they
+    are (twin-specific names, e.g. `torch.cpu`).
     """
 
     weights: dict[str, Array]

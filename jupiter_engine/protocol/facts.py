@@ -95,4 +95,18 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     at: float
     rank_seconds: tuple[float, ...] = ()
-    """Compute time of each rank in this step."""
+    """Compute time of each rank in this step: forward and backward passes of its own rows."""
+    data_seconds: tuple[float, ...] = ()
+    """Of each rank: waiting for its rows to be read."""
+    communication_seconds: tuple[float, ...] = ()
+    """Of each rank: summing gradients and sharing updates, once all ranks have arrived."""
+    idle_seconds: tuple[float, ...] = ()
+    """Of each rank: waiting for slower ranks."""
+    rank_rows: tuple[int, ...] = ()
+    """Sequences of the batch that each rank computed."""
+    peak_bytes: tuple[int, ...] = ()
+    """Most memory that each rank's process (on a GPU: its device) has held so far."""
+    mfu: float | None = None
+    """Model FLOP utilisation: 6 N + attention FLOP a token over the devices' peak; None where no peak is known."""
+    held_out_loss: float | None = None
+    """Mean cross-entropy in nats on held-out rows after this step, where it was measured."""

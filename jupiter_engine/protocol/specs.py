@@ -126,8 +126,10 @@ class MixSpec(Spec, frozen=True, kw_only=True):
 
 
 class OptimizerSpec(Spec, frozen=True, kw_only=True):
-    name: Literal["adamw"] = "adamw"
-    """Update rule; the same arithmetic in both twins."""
+    name: Literal["adamw", "adamw8bit", "muon", "adafactor"] = "adamw"
+    """Update rule; the same arithmetic in both twins. `adamw8bit`: AdamW with moments in blocks of 8-bit
+    numbers; `muon`: orthogonalised momentum for the layers' matrices, AdamW for embeddings and norms;
+    `adafactor`: factored second moments, no first. Bytes of state a parameter: 8, 2.1, 4, about 0."""
     learning_rate: Positive = 1e-4
     """Peak rate of the schedule."""
     beta1: Share = 0.9
@@ -138,15 +140,64 @@ class OptimizerSpec(Spec, frozen=True, kw_only=True):
     """Added to the denominator of the update."""
     weight_decay: NotNegative = 0.01
     """Decoupled decay of matrices per step, times the learning rate."""
+    momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.95
+    """For `muon`: decay of the running gradient (Nesterov)."""
 
 
 class ScheduleSpec(Spec, frozen=True, kw_only=True):
-    kind: Literal["constant", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up: level, or falling along a cosine."""
+    kind: Literal["constant", "cosine", "wsd"] = "cosine"
+    """Course of the learning rate after the warm-up: level, falling along a cosine, or level and then
+    falling linearly over the last `decay_share` (warm-up, stable, decay)."""
     warmup_share: Share = 0.1
     """Share of the run's tokens over which the rate rises linearly from zero."""
     final_share: Share = 0.1
-    """Rate at the end, as a share of the peak (cosine)."""
+    """Rate at the end, as a share of the peak (cosine, wsd)."""
+    decay_share: Share = 0.2
+    """For `wsd`: share of the run's tokens over which the rate falls at the end."""
+
+
+class LoraSpec(Spec, frozen=True, kw_only=True):
+    """Low-rank adapters; the rest of the model stays as it is. The published model has them merged in."""
+
+    rank: Count = 16
+    """Inner size of an adapter."""
+    alpha: Positive = 32.0
+    """An adapter's output is multiplied by alpha / rank."""
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Which projections of every layer get one."""
+
+
+class SpikeGuardSpec(Spec, frozen=True, kw_only=True):
+    """What happens when a step's loss is not finite or far above what it was."""
+
+    spike_factor: Annotated[float, Meta(ge=0.0)] = 3.0
+    """A loss above the running median of the last `window` steps by so many times its distance to zero
+    counts as a spike: loss > median * spike_factor. 0: only a loss or gradient that is not finite counts."""
+    window: Annotated[int, Meta(ge=4)] = 32
+    """Steps that the median is taken over; there is no spike before so many are done."""
+    rollbacks: CountOrZero = 2
+    """How often the run goes back to its last checkpoint and leaves out the batch of the bad step. Then it fails."""
+
+
+class EarlyStopSpec(Spec, frozen=True, kw_only=True):
+    """The loss on held-out text that training never sees, and when it ends the run."""
+
+    every_steps: CountOrZero = 0
+    """Measure so often (and after the last step); 0: never. The best measured state is published."""
+    sequences: Count = 16
+    """Held-out sequences that are measured."""
+    patience: CountOrZero = 0
+    """End after so many measurements without a better one; 0: never end early."""
+    min_improvement: NotNegative = 0.0
+    """A loss counts as better when it is lower by more than this, in nats a token."""
 
 
 class Recipe(Spec, frozen=True, kw_only=True):
@@ -156,12 +207,26 @@ class Recipe(Spec, frozen=True, kw_only=True):
     """`generator`: continue from the current generator; `scratch`: random weights of `preset`; else a model folder."""
     preset: str | None = None
     """Shape of a from-scratch model: nano, 125m, 350m, 500m, 1b, 3b."""
+    tokenizer: Literal["base", "corpus"] = "base"
+    """For `start: scratch`: the base model's tokenizer, or an own one trained on the domain's documents."""
+    vocabulary: Annotated[int, Meta(ge=512, le=262144)] = 32768
+    """For `tokenizer: corpus`: how many tokens it may have."""
+    method: Literal["auto", "pretrain", "continued", "sft"] = "auto"
+    """`pretrain` (needs `start: scratch`) and `continued`: rows of the domain's `mix`; `sft`: rows of samples
+    only, of which the answers are learnt. `auto`: pretrain from scratch, else continued."""
+    update: Literal["full", "lora"] = "full"
+    """Train all weights, or adapters beside frozen ones."""
+    lora: LoraSpec = LoraSpec()
+    """For `update: lora`."""
     sequence_tokens: Annotated[int, Meta(ge=8)] = 256
     """Length of a training sequence, in tokens."""
     batch_sequences: Count = 8
     """Sequences of one optimizer step, over all ranks and micro-batches."""
     micro_batch_sequences: Count = 8
     """Sequences computed at once on one rank; must divide batch_sequences. Smaller needs less memory."""
+    recompute_activations: bool = False
+    """Keep only each layer's input and compute the rest again in the backward pass: far less memory, a third
+    more arithmetic."""
     steps: Count = 30
     """Optimizer steps of one cycle."""
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -172,10 +237,16 @@ class Recipe(Spec, frozen=True, kw_only=True):
     """A gradient with a larger L2 norm is scaled down to this."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of matrix products; master weights and optimizer state stay float32."""
+    spike_guard: SpikeGuardSpec = SpikeGuardSpec()
+    """What happens after a bad step."""
+    early_stop: EarlyStopSpec = EarlyStopSpec()
+    """Held-out loss during training."""
     checkpoint_every_steps: Count = 10
     """A killed run loses at most this many steps."""
     keep_checkpoints: Count = 2
     """How many of a run's checkpoints stay on disk."""
+    keep_every_steps: CountOrZero = 0
+    """Checkpoints of multiples of this stay until the run is done, besides the newest; 0: none."""
     seed: Seed = 0
     """Start of all random choices of the domain: split, data order, sampling."""
 
@@ -199,6 +270,28 @@ class HostSpec(Spec, frozen=True, kw_only=True):
     """jaccl: RDMA device(s) towards each host in order, None towards itself."""
     env: dict[str, str] = {}
     """Further environment of the ranks there (where their code lies)."""
+    micro_batch_sequences: CountOrZero = 0
+    """Sequences computed at once on a rank there, where memory asks for another number than the recipe's (0)."""
+
+
+class RoundSpec(Spec, frozen=True, kw_only=True):
+    """How islands (groups that train apart) are merged: rounds of DiLoCo, carried as files by a hub."""
+
+    round_s: Positive = 600.0
+    """An island stops at the first step boundary after so long and contributes what it has learnt."""
+    quorum: Count = 1
+    """So many contributions must be there before a round is merged."""
+    grace_s: NotNegative = 60.0
+    """How long the hub waits for the others once the quorum is there (and the round's time is over)."""
+    payload: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """How contributions and bases travel; int8 in blocks of 256 with a scale each."""
+    outer_learning_rate: Positive | None = None
+    """Of the outer Nesterov step; left out: 0.4, 0.6, 0.6, 0.8 for 1, 2, 4, 8 islands (Scaling Laws for DiLoCo)."""
+    outer_momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.9
+    max_unsynced_rounds: Count = 2
+    """Rounds that an island goes on by itself when it hears nothing of the hub; then it waits."""
+    clip_norm_factor: Positive = 3.0
+    """A contribution whose norm exceeds the median's by this factor is refused; above the median it is scaled to it."""
 
 
 class LaunchSpec(Spec, frozen=True, kw_only=True):
@@ -220,9 +313,30 @@ class LaunchSpec(Spec, frozen=True, kw_only=True):
     """How often the ranks may be started again within an hour."""
     host_lost_after_s: Positive = 75.0
     """A host that could not be reached for so long is left out, if others remain."""
+    sharding: Literal["none", "zero1", "fsdp"] = "none"
+    """`none`: every rank holds everything; `zero1`: the optimizer's state is divided among the ranks; `fsdp`:
+    weights and gradients, too (torch, and MLX on jaccl)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: `auto` where a compiler is found and the run is long enough to earn its start-up."""
+
+    islands: tuple[IslandSpec, ...] = ()
+    """Groups that train apart under a hub; then the worker of the order is the hub and trains nothing itself."""
+    rounds: RoundSpec = RoundSpec()
+    """For islands."""
 
     def most_ranks_of_a_host(self) -> int:
         return max((host.ranks for host in self.hosts), default=self.ranks)
+
+
+class IslandSpec(Spec, frozen=True, kw_only=True):
+    """One group of machines that trains by itself between two merges."""
+
+    name: Name
+    launch: LaunchSpec
+    """How it trains, as its own leading machine sees it; holds no islands."""
+    leader: HostSpec | None = None
+    """Its leading machine as the hub's machine sees it (`ranks` means nothing here, `run_folder` is the island's
+    own: runs/<run>.<island>); None: the hub's machine itself."""
 
 
 class EvaluationSpec(Spec, frozen=True, kw_only=True):
