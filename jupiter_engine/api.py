@@ -20,6 +20,9 @@ from jupiter_engine.cluster.discovery import Discovered, Offer
 from jupiter_engine.cluster.probe import probe_local
 from jupiter_engine.errors import ConfigError, JupiterError, rebuild
 from jupiter_engine.orchestrator import process
+from jupiter_engine.orchestrator.comparison import Comparison
+from jupiter_engine.orchestrator.comparison import Summary as RunSummary
+from jupiter_engine.orchestrator.comparison import compare as compare_runs
 from jupiter_engine.orchestrator.database import Database, Recorded, SampleView
 from jupiter_engine.orchestrator.lineage import Lineage, trace
 from jupiter_engine.orchestrator.review import in_review_share
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from jupiter_engine.cluster.fleet_thread import FleetThread
 
 __all__ = [
+    "Comparison",
     "Discovered",
     "EngineInfo",
     "Lineage",
@@ -49,8 +53,10 @@ __all__ = [
     "OfferedKey",
     "RankLog",
     "Recorded",
+    "RunSummary",
     "SampleView",
     "Workspace",
+    "compare_runs",
     "find_workspace",
     "progress_text",
     "result_text",

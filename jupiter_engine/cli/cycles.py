@@ -1,4 +1,4 @@
-"""start, status, stop, pause, resume, decide, runs."""
+"""start, status, stop, pause, resume, decide."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import argparse
 import os
 import sys
 import time
-from pathlib import Path
 
 from jupiter_engine.api import Workspace, progress_text
-from jupiter_engine.cli.output import open_workspace, print_json, print_table
+from jupiter_engine.cli.output import open_workspace, print_json
 from jupiter_engine.errors import ExitCode, UsageError
 from jupiter_engine.protocol.commands import Decide, Pause, Resume, StartCycles, Stop
 from jupiter_engine.protocol.state import CycleState
 from jupiter_engine.settings.domain import check_paths
-from jupiter_engine.units import duration_text, plain_text
+from jupiter_engine.units import duration_text
 
 
 def start(options: argparse.Namespace) -> int:
@@ -156,30 +155,4 @@ def decide(options: argparse.Namespace) -> int:
         print_json({"cycle": cycle, "answer": options.answer})
     else:
         print(f"cycle {cycle}: {options.answer}")
-    return ExitCode.DONE
-
-
-def runs(options: argparse.Namespace) -> int:
-    workspace = open_workspace(options)
-    cycles = [c for c in workspace.state.cycles.values() if options.domain in (None, c.domain)]
-    if options.cycle:
-        cycle = _chosen(workspace, options, statuses=())
-        if options.json:
-            print_json(cycle)
-        elif cycle.report:
-            print(plain_text(Path(cycle.report).read_text(encoding="utf-8")))
-        else:
-            print(f"cycle {cycle.id} is {cycle.status}; its report comes at its end")
-        return ExitCode.DONE
-    if options.json:
-        print_json(cycles)
-        return ExitCode.DONE
-    rows = []
-    for c in cycles:
-        ended = c.ended_at
-        verdict = c.decision.verdict if c.decision else "-"
-        took = duration_text(ended - c.created_at) if ended else "-"
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(c.created_at))
-        rows.append((c.id, c.status, verdict, c.outcome or "-", when, took))
-    print_table(("cycle", "status", "gate", "outcome", "started", "took"), rows)
     return ExitCode.DONE

@@ -110,9 +110,16 @@ def parser() -> argparse.ArgumentParser:
     verdict.add_argument("--finish-review", metavar="CYCLE", help="the waiting review is done")
     samples.add_argument("--reason", default="", metavar="TEXT")
     add("why", "where a document, chunk, question or sample comes from", "data").add_argument("id", metavar="ID")
-    runs = add("runs", "all cycles with their stages, and the report of one", "cycles")
-    runs.add_argument("cycle", nargs="?", metavar="CYCLE", help="show this cycle's report")
+    runs = add("runs", "all cycles, the report of one, or trainings compared, exported, shown again", "runs")
+    runs.add_argument(
+        "words",
+        nargs="*",
+        metavar="CYCLE",
+        help="a cycle: its report; `compare CYCLE CYCLE`; `export CYCLE FILE`; `replay CYCLE`",
+    )
     runs.add_argument("--domain", "-d", metavar="NAME")
+    runs.add_argument("--format", choices=("csv", "jsonl", "tensorboard"), help="of export (default: by FILE's ending)")
+    runs.add_argument("--speed", type=float, default=60.0, metavar="X", help="of replay: so many times as fast")
     export = add("export", "write a model as a stock Hugging Face folder", "models")
     export.add_argument("model", metavar="NAME_OR_FOLDER")
     export.add_argument("target", type=Path, metavar="FOLDER")
