@@ -37,7 +37,7 @@ def adapter_shapes(shape: Shape, lora: LoraSpec) -> dict[str, tuple[int, ...]]:
 
 
 def initial_adapters(shape: Shape, lora: LoraSpec, seed: int) -> dict[str, npt.NDArray[np.float32]]:
-    """First values, float32: A normal with standard deviation 1/sqrt(in), B zero, so training starts at the model itself.
+    """First values, float32: A normal with standard deviation 1/sqrt(in), B zero: a run starts at the model itself.
 
     Every tensor has its own random stream, keyed by seed and name (as training.model.presets does): the same
     values in either twin and on every rank.
