@@ -124,7 +124,7 @@ class Reader:
             return picture
         begun_anew = offset < self.curve_offset or picture.curve.run != run
         old = Curve() if begun_anew else picture.curve
-        curve = Curve(run=run, metrics=old.metrics, taken=old.taken)
+        curve = Curve(run=run, metrics=old.metrics, taken=old.taken, measured=list(old.measured))
         curve.extend(new)
         self.curve_offset = offset
         return replace(picture, curve=curve)

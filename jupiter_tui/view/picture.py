@@ -25,6 +25,8 @@ class Curve:
     metrics: list[Metric] = field(default_factory=list)
     taken: int = 0
     """Steps taken in so far, repeated ones too: two curves that share a list still differ by it."""
+    measured: list[Metric] = field(default_factory=list)
+    """Those at which the held-out loss was measured."""
 
     def extend(self, new: Iterable[Metric]) -> None:
         """Take in further steps; a resumed run that repeats steps overwrites them."""
@@ -32,7 +34,10 @@ class Curve:
             if self.metrics and metric.step <= self.metrics[-1].step:
                 keep = bisect_left(self.metrics, metric.step, key=lambda m: m.step)
                 self.metrics = self.metrics[:keep]
+                self.measured = [m for m in self.measured if m.step < metric.step]
             self.metrics.append(metric)
+            if metric.held_out_loss is not None:
+                self.measured.append(metric)
             self.taken += 1
 
     @property

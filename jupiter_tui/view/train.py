@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.journal import STAGES
 from jupiter_engine.protocol.state import CycleState, StageState
 from jupiter_engine.units import bytes_text, count_text, duration_text
@@ -170,6 +171,31 @@ def numbers(picture: Picture, width: int) -> list[Line]:
         ("tokens", count_text(last.tokens)),
         ("seconds/step", number(last.seconds, 3)),
     ]
+    measured = picture.curve.measured
+    if measured:
+        best = min(measured, key=lambda m: m.held_out_loss or 0.0)
+        rows.append(
+            ("held out", f"{measured[-1].held_out_loss:.4f}  (best {best.held_out_loss:.4f}, step {best.step})")
+        )
+    if last.mfu is not None:
+        rows.append(("MFU", f"{last.mfu:.1%}"))
+    if last.peak_bytes:
+        rows.append(("memory, peak", " ".join(bytes_text(value) for value in last.peak_bytes)))
     if len(last.rank_seconds) > 1:
         rows.append(("ranks s/step", " ".join(number(s, 3) for s in last.rank_seconds)))
+        rows.append(("ranks' rows", " ".join(str(rows_of) for rows_of in last.rank_rows)))
+    rows += _lost(last)
     return [cut_line([(pad(label, 14), "dim"), span(value, "bold")], width) for label, value in rows]
+
+
+def _lost(metric: Metric) -> list[tuple[str, str]]:
+    """Where the ranks' time goes besides computing, as shares of all of it; nothing where it was not measured."""
+    parts = {
+        "data": metric.data_seconds,
+        "communication": metric.communication_seconds,
+        "slower ranks": metric.idle_seconds,
+    }
+    total = sum(metric.rank_seconds) + sum(sum(part) for part in parts.values())
+    if not total or not metric.data_seconds:
+        return []
+    return [("waits for", ", ".join(f"{name} {sum(part) / total:.1%}" for name, part in parts.items()))]

@@ -148,6 +148,46 @@ def test_a_resumed_run_overwrites_the_steps_it_repeats() -> None:
     assert [(m.step, m.loss) for m in curve.metrics] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
 
 
+def step(number: int, **values: object) -> Metric:
+    given: dict[str, object] = {"tokens": number, "loss": 2.0, "learning_rate": 1e-4, "grad_norm": 1.0}
+    given |= {"tokens_per_s": 100.0, "seconds": 2.0, "at": 0.0, "step": number, **values}
+    return Metric(**given)  # type: ignore[arg-type]
+
+
+def test_held_out_losses_follow_a_run_that_goes_back() -> None:
+    curve = Curve()
+    curve.extend([step(1), step(2, held_out_loss=1.5), step(3), step(4, held_out_loss=1.0)])
+    assert [m.step for m in curve.measured] == [2, 4]
+    curve.extend([step(3), step(4, held_out_loss=1.2)])
+    assert [(m.step, m.held_out_loss) for m in curve.measured] == [(2, 1.5), (4, 1.2)]
+
+
+def test_the_step_s_numbers_say_where_the_ranks_time_goes() -> None:
+    picture = Picture()
+    picture.curve.extend(
+        [
+            step(1, held_out_loss=1.5),
+            step(
+                2,
+                held_out_loss=1.75,
+                mfu=0.314,
+                rank_seconds=(3.0, 1.0),
+                data_seconds=(0.0, 0.0),
+                communication_seconds=(0.5, 0.5),
+                idle_seconds=(0.0, 3.0),
+                rank_rows=(6, 2),
+                peak_bytes=(1 << 30, 1 << 29),
+            ),
+        ]
+    )
+    shown = "\n".join(text.plain(line) for line in train.numbers(picture, 90))
+    for words in ("1.7500  (best 1.5000, step 1)", "31.4%", "1.0 GiB 512.0 MiB", "6 2", "slower ranks 37.5%"):
+        assert words in shown
+    alone = Picture()
+    alone.curve.extend([step(1, rank_seconds=(1.0,))])
+    assert "waits for" not in "\n".join(text.plain(line) for line in train.numbers(alone, 90))
+
+
 def test_the_log_book_counts_what_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jupiter_tui.view.picture.LINES_KEPT", 10)
     book = LogBook()
