@@ -18,6 +18,7 @@ Seed = Annotated[int, Meta(ge=0, le=2**62)]
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
 Twin = Literal["mlx", "torch"]
+Sharding = Literal["none", "zero1", "fsdp"]
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -288,6 +289,7 @@ class RoundSpec(Spec, frozen=True, kw_only=True):
     outer_learning_rate: Positive | None = None
     """Of the outer Nesterov step; left out: 0.4, 0.6, 0.6, 0.8 for 1, 2, 4, 8 islands (Scaling Laws for DiLoCo)."""
     outer_momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.9
+    """Of the outer Nesterov step."""
     max_unsynced_rounds: Count = 2
     """Rounds that an island goes on by itself when it hears nothing of the hub; then it waits."""
     clip_norm_factor: Positive = 3.0
@@ -313,7 +315,7 @@ class LaunchSpec(Spec, frozen=True, kw_only=True):
     """How often the ranks may be started again within an hour."""
     host_lost_after_s: Positive = 75.0
     """A host that could not be reached for so long is left out, if others remain."""
-    sharding: Literal["none", "zero1", "fsdp"] = "none"
+    sharding: Sharding = "none"
     """`none`: every rank holds everything; `zero1`: the optimizer's state is divided among the ranks; `fsdp`:
     weights and gradients, too (torch, and MLX on jaccl)."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from jupiter_engine.errors import UsageError
-from jupiter_engine.protocol.specs import Count, CountOrZero, LaunchSpec, Positive, Spec, Twin
+from jupiter_engine.protocol.specs import Count, CountOrZero, LaunchSpec, Positive, RoundSpec, Sharding, Spec, Twin
 from jupiter_engine.settings import former_cluster
 from jupiter_engine.settings.reader import Loaded, load, nearest
 from jupiter_engine.settings.tree import quote
@@ -28,6 +28,8 @@ ABILITIES: Final[Mapping[str, frozenset[Ability]]] = {
 }
 FIRST_RECONNECT_S: Final = 0.5
 """Pause before the first call of a lost machine."""
+HUB: Final = "islands"
+"""What the hub's machine and the islands' leading ones are called together, as if they were a group."""
 UNANSWERED: Final = 3
 """So many unanswered keepalive questions end a connection."""
 
@@ -70,6 +72,9 @@ class NodeSpec(Spec, frozen=True, kw_only=True):
     """false: takes generating away from a `hybrid`."""
     can_train: bool | None = None
     """false: takes training away from a `hybrid` or `trainer`."""
+    micro_batch_sequences: CountOrZero = 0
+    """Sequences computed at once on a rank of this machine when it trains in a group, where its memory asks for
+    another number than the domain's `training.micro_batch_sequences`; 0: that one."""
 
     def title(self) -> str:
         """What people call this machine: `name`, else `host`."""
@@ -127,6 +132,24 @@ class LaunchSettings(Spec, frozen=True, kw_only=True):
     """Which of `groups` trains; left out: the first one, or this machine where there is none."""
     threads_per_rank: CountOrZero = 0
     """CPU threads of one rank; 0 leaves the choice to the framework."""
+    sharding: Literal["auto", "none", "zero1", "fsdp"] = "auto"
+    """What the ranks of a group divide among themselves. `none`: nothing; `zero1`: the optimizer's state; `fsdp`:
+    weights and gradients, too (torch, and MLX on jaccl). `auto`: none."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: `auto` where a compiler is found and the run is long enough to earn its start-up."""
+
+
+class IslandsSettings(Spec, frozen=True, kw_only=True):
+    """Groups that train apart and are merged every few minutes (DiLoCo): for machines whose connection is too slow,
+    or whose kind is too different, to share every step."""
+
+    groups: tuple[str, ...] = ()
+    """Names of groups, or of single machines, each an island; left out: one group trains, as `launch` says."""
+    hub: str | None = None
+    """Machine that merges what the islands have learnt; it may be one of theirs. Left out: this machine if it is
+    among `nodes`, else the first island's leading one."""
+    rounds: RoundSpec = RoundSpec()
+    """When and how the islands are merged."""
 
 
 class RetrySettings(Spec, frozen=True, kw_only=True):
@@ -161,6 +184,7 @@ class ClusterSettings(Spec, frozen=True, kw_only=True):
     groups: tuple[GroupSpec, ...] = ()
     """Machines that train together; left out: this machine trains alone."""
     launch: LaunchSettings = LaunchSettings()
+    islands: IslandsSettings = IslandsSettings()
     connection: ConnectionSettings = ConnectionSettings()
     retries: RetrySettings = RetrySettings()
 
@@ -194,6 +218,11 @@ def local_twin(cluster: ClusterSettings) -> Twin:
     return "mlx" if platform.system() == "Darwin" and platform.machine() == "arm64" else "torch"
 
 
+def sharding(cluster: ClusterSettings) -> Sharding:
+    """What ranks divide among themselves, with `auto` decided."""
+    return "none" if cluster.launch.sharding == "auto" else cluster.launch.sharding
+
+
 def launch_spec(cluster: ClusterSettings) -> LaunchSpec:
     """How training starts on this machine, with every `auto` decided."""
     twin, launch = local_twin(cluster), cluster.launch
@@ -206,6 +235,8 @@ def launch_spec(cluster: ClusterSettings) -> LaunchSpec:
         ranks=launch.ranks,
         launcher=launcher,
         threads_per_rank=launch.threads_per_rank,
+        sharding=sharding(cluster),
+        compile=launch.compile,
         restarts_per_hour=cluster.retries.group_restarts_per_hour,
     )
 
@@ -280,6 +311,43 @@ def training_group(cluster: ClusterSettings) -> GroupSpec | None:
     if cluster.launch.group is None:
         return groups[0] if groups else None
     return next((group for group in groups if group.name == cluster.launch.group), None)
+
+
+# -- islands -------------------------------------------------------------------------------------------
+def island_named(cluster: ClusterSettings, text: str) -> GroupSpec | None:
+    """The group that is called so, else a group of the one machine that is; None if there is neither."""
+    group = next((one for one in cluster.groups or default_groups(cluster) if one.name == text), None)
+    if group is not None:
+        return group
+    node = find(cluster, text)
+    if node is None:
+        return None
+    return GroupSpec(name=node.title(), nodes=(node.title(),), ranks_per_node=cluster.launch.ranks)
+
+
+def islands(cluster: ClusterSettings) -> tuple[GroupSpec, ...]:
+    """The groups that train apart, in the order of the file; empty: one group (or machine) trains."""
+    found = (island_named(cluster, text) for text in cluster.islands.groups)
+    return tuple(group for group in found if group is not None)
+
+
+def hub_node(cluster: ClusterSettings) -> NodeSpec:
+    """The machine that merges the islands; UsageError if there are none."""
+    if cluster.islands.hub is not None:
+        return node_by_name(cluster, cluster.islands.hub)
+    groups = islands(cluster)
+    if not groups:
+        raise UsageError("config/cluster.yaml names no islands", fix="name groups or machines in its `islands.groups`")
+    return local_node(cluster) or group_nodes(cluster, groups[0])[0]
+
+
+def hub_group(cluster: ClusterSettings) -> GroupSpec | None:
+    """The hub's machine with the islands' leading ones, which it calls by ssh; None: there are no islands."""
+    groups = islands(cluster)
+    if not groups:
+        return None
+    leaders = (group_nodes(cluster, group)[0].title() for group in groups)
+    return GroupSpec(name=HUB, nodes=tuple(dict.fromkeys((hub_node(cluster).title(), *leaders))))
 
 
 def defaults() -> ClusterSettings:

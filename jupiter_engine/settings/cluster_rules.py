@@ -21,6 +21,8 @@ from jupiter_engine.settings.cluster import (
     default_groups,
     find,
     guess,
+    island_named,
+    islands,
     local_twin,
     node_twin,
     training_group,
@@ -59,6 +61,8 @@ def check(cluster: ClusterSettings, found: Findings) -> ClusterSettings:
         _check_group(cluster, group, f"groups[{i}]", found)
     _check_membership(cluster, found)
     _check_launch(cluster, found)
+    _check_sharding(cluster, found)
+    _check_islands(cluster, found)
     _check_times(cluster, found)
     # A relative key file starts at the folder of the file that names it, like every path of the settings.
     base = found.path.absolute().parent
@@ -292,6 +296,8 @@ def _check_launch(cluster: ClusterSettings, found: Findings) -> None:
             found.warn("launch.launcher", "is in_process: this machine trains alone and `groups` has no effect")
     group = training_group(cluster)
     _check_launcher(cluster, group, found)
+    if cluster.islands.groups:
+        return
     if group is not None and launch.ranks > 1:
         text = f"has no effect: the group {group.name} trains, with `groups[].ranks_per_node` ranks on each machine"
         found.warn("launch.ranks", text)
@@ -309,6 +315,68 @@ def _check_launcher(cluster: ClusterSettings, group: GroupSpec | None, found: Fi
     if twins and needs not in twins:
         text = f"is {launcher}, which starts {needs}, but the twin {whose} is {min(twins)}; write auto"
         found.problem("launch.launcher", f"{text} or set launch.twin")
+
+
+def _check_sharding(cluster: ClusterSettings, found: Findings) -> None:
+    """Whether weights can be divided over the backend that carries the ranks."""
+    launch = cluster.launch
+    apart = islands(cluster)
+    groups = apart or tuple(group for group in (training_group(cluster),) if group is not None)
+    twins = {_twin_of_group(cluster, group) for group in groups} or {local_twin(cluster)}
+    if launch.sharding == "fsdp":
+        for group in groups:
+            if _twin_of_group(cluster, group) == "mlx" and group.backend == "ring":
+                text = f"is fsdp, which MLX can do on jaccl only, but the group {group.name} has backend ring"
+                found.problem("launch.sharding", f"{text}; write zero1")
+        if not groups and twins == {"mlx"}:
+            text = "is fsdp, which MLX can do on jaccl only, but ranks of one machine talk over a ring"
+            found.problem("launch.sharding", f"{text}; write zero1")
+    if launch.compile == "on" and twins == {"mlx"}:
+        found.warn("launch.compile", "has no effect: it is torch's, and everything trains with MLX")
+
+
+def _twin_of_group(cluster: ClusterSettings, group: GroupSpec) -> Twin | None:
+    members = (find(cluster, name) for name in group.nodes)
+    return next((twin for node in members if node is not None and (twin := node_twin(cluster, node))), None)
+
+
+def _check_islands(cluster: ClusterSettings, found: Findings) -> None:
+    section = cluster.islands
+    if not section.groups:
+        if found.given("islands"):
+            text = "names no island; name at least one group or machine in `islands.groups`, or remove the section"
+            found.problem("islands.groups" if found.given("islands.groups") else "islands", text)
+        return
+    nodes = [node.title() for node in cluster.nodes]
+    groups = [group.name for group in cluster.groups or default_groups(cluster)]
+    taken: dict[str, int] = {}
+    for i, name in enumerate(section.groups):
+        key, island = f"islands.groups[{i}]", island_named(cluster, name)
+        if island is None:
+            text = f"is {quote(name)}, which no group and no node is called; {guess(name, [*groups, *nodes])}"
+            found.problem(key, text)
+            continue
+        members = [node for node in (find(cluster, one) for one in island.nodes) if node is not None]
+        unfit = next((node for node in members if "train" not in node.abilities()), None)
+        if unfit is not None and island.name not in groups:
+            text = f"is {quote(name)}, which may not train (role {unfit.role}); give it the role trainer or hybrid"
+            found.problem(key, text)
+        both = next((node for node in members if node.title() in taken), None)
+        if both is not None:
+            other = section.groups[taken[both.title()]]
+            text = f"is {quote(name)}, but {both.title()} is in the island {other} already; a machine is in one island"
+            found.problem(key, text)
+        taken.update({node.title(): i for node in members})
+    if section.hub is not None and find(cluster, section.hub) is None:
+        found.problem("islands.hub", f"is {quote(section.hub)}, which no node is called; {guess(section.hub, nodes)}")
+    if section.rounds.quorum > len(section.groups):
+        text = f"is {section.rounds.quorum}, more than there are islands; write {len(section.groups)} or less"
+        found.problem("islands.rounds.quorum", text)
+    if cluster.launch.launcher == "in_process":
+        text = "is in_process: this machine trains alone, but `islands` names others; write auto"
+        found.problem("launch.launcher", text)
+    if cluster.launch.group is not None:
+        found.warn("launch.group", "has no effect: all islands train")
 
 
 def _check_times(cluster: ClusterSettings, found: Findings) -> None:

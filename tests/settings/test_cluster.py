@@ -31,6 +31,7 @@ LOST_S = ClusterSettings().retries.node_lost_after_s
 BASE = "nodes: [{host: mac-1.local}]\n"
 GROUP = "nodes: [{host: mac-1.local, device_type: mac}, {host: mac-2.local}]\n"
 TWO = GROUP + "groups: [{name: a, nodes: [mac-1.local]}, {name: b, nodes: [mac-2.local]}]\n"
+ISLANDS = "nodes: [{host: mac-1.local, device_type: mac}, {host: mac-2.local, device_type: mac}]\n"
 CHANGES = {
     "nodes": "nodes: [{host: b}]",
     "nodes[].host": "nodes: [{host: b}]",
@@ -49,6 +50,7 @@ CHANGES = {
     "nodes[].environment": "nodes: [{host: mac-1.local, environment: own, python: ~/env/bin/python}]",
     "nodes[].can_generate": "nodes: [{host: mac-1.local, can_generate: false}]",
     "nodes[].can_train": "nodes: [{host: mac-1.local, can_train: false}]",
+    "nodes[].micro_batch_sequences": "nodes: [{host: mac-1.local, micro_batch_sequences: 2}]",
     "groups": GROUP + "groups: [{name: b, nodes: [mac-1.local]}]",
     "groups[].name": GROUP + "groups: [{name: b, nodes: [mac-1.local]}]",
     "groups[].nodes": GROUP + "groups: [{name: a, nodes: [mac-2.local]}]",
@@ -62,6 +64,22 @@ CHANGES = {
     "launch.launcher": BASE + "launch: {launcher: in_process}",
     "launch.group": TWO + "launch: {group: b}",
     "launch.threads_per_rank": BASE + "launch: {threads_per_rank: 1}",
+    "launch.sharding": BASE + "launch: {sharding: zero1}",
+    "launch.compile": BASE + "launch: {compile: 'off'}",
+    "islands": ISLANDS + "islands: {groups: [mac-1.local], hub: mac-2.local}",
+    "islands.groups": ISLANDS + "islands: {groups: [mac-2.local, mac-1.local]}",
+    "islands.hub": ISLANDS + "islands: {groups: [mac-1.local], hub: mac-2.local}",
+    "islands.rounds": ISLANDS + "islands: {groups: [mac-1.local], rounds: {round_s: 60}}",
+    "islands.rounds.round_s": ISLANDS + "islands: {groups: [mac-1.local], rounds: {round_s: 60}}",
+    "islands.rounds.quorum": ISLANDS + "islands: {groups: [mac-1.local, mac-2.local], rounds: {quorum: 2}}",
+    "islands.rounds.grace_s": ISLANDS + "islands: {groups: [mac-1.local], rounds: {grace_s: 5}}",
+    "islands.rounds.payload": ISLANDS + "islands: {groups: [mac-1.local], rounds: {payload: int8}}",
+    "islands.rounds.outer_learning_rate": ISLANDS
+    + "islands: {groups: [mac-1.local], rounds: {outer_learning_rate: 0.5}}",
+    "islands.rounds.outer_momentum": ISLANDS + "islands: {groups: [mac-1.local], rounds: {outer_momentum: 0.8}}",
+    "islands.rounds.max_unsynced_rounds": ISLANDS
+    + "islands: {groups: [mac-1.local], rounds: {max_unsynced_rounds: 5}}",
+    "islands.rounds.clip_norm_factor": ISLANDS + "islands: {groups: [mac-1.local], rounds: {clip_norm_factor: 2}}",
     "connection": BASE + "connection: {keepalive_s: 1}",
     "connection.connect_timeout_s": BASE + "connection: {connect_timeout_s: 1}",
     "connection.keepalive_s": BASE + "connection: {keepalive_s: 1}",
