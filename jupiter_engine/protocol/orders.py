@@ -14,7 +14,9 @@ from jupiter_engine.protocol.specs import (
     GenerationSpec,
     LaunchSpec,
     MixSpec,
+    Name,
     Recipe,
+    RoundSpec,
     SourceSpec,
     Twin,
 )
@@ -95,6 +97,16 @@ class QueueOrder(Order, frozen=True, kw_only=True, tag="queue"):
     seed: int = 0
 
 
+class IslandOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """This training is one of several groups that a hub merges: it publishes no model."""
+
+    name: Name
+    exchange: str
+    """Folder on this machine in which bases and plans appear and contributions are put; a relative path starts at the
+    run folder."""
+    rounds: RoundSpec
+
+
 class TrainOrder(Order, frozen=True, kw_only=True, tag="train"):
     recipe: Recipe
     launch: LaunchSpec
@@ -104,6 +116,8 @@ class TrainOrder(Order, frozen=True, kw_only=True, tag="train"):
     tokenizer: str | None = None
     target: str
     """Model folder to write when the last step is done."""
+    island: IslandOrder | None = None
+    """Of the order that a hub gives to one of its islands; `launch` is then the island's own."""
 
 
 class EvaluateOrder(Order, frozen=True, kw_only=True, tag="evaluate"):
