@@ -7,6 +7,7 @@ its own cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,20 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """
     first, second = mx.split(x.astype(mx.float32), 2, axis=-1)
     return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention_mask(segments: mx.array) -> mx.array:
+    """bool [B, 1, T, T]: which keys may be seen, those before within one's own document.
+
+    segments int [B, T]; a document is a run of equal numbers.
+    """
+    numbers = segments.astype(mx.int32)
+    begins = mx.concatenate(
+        [mx.zeros_like(numbers[:, :1]), (numbers[:, 1:] != numbers[:, :-1]).astype(mx.int32)], axis=1
+    )
+    runs = mx.cumsum(begins, axis=1)
+    steps = mx.arange(segments.shape[1])
+    return ((runs[:, :, None] == runs[:, None, :]) & (steps[:, None] >= steps[None, :]))[:, None]
 
 
 class Attention(nn.Module):
@@ -153,13 +168,7 @@ class Llama(nn.Module):
         """
         mask: mx.array | str = "causal"
         if segments is not None:
-            numbers = segments.astype(mx.int32)
-            begins = mx.concatenate(
-                [mx.zeros_like(numbers[:, :1]), (numbers[:, 1:] != numbers[:, :-1]).astype(mx.int32)], axis=1
-            )
-            runs = mx.cumsum(begins, axis=1)
-            steps = mx.arange(tokens.shape[1])
-            mask = ((runs[:, :, None] == runs[:, None, :]) & (steps[:, None] >= steps[None, :]))[:, None]
+            mask = attention_mask(segments)
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
             x = layer(x, self._periods, mask)
@@ -201,10 +210,15 @@ def load_model(folder: Path, dtype: Dtype = "bfloat16") -> Llama:
     return model
 
 
-def save_model(model: Any, folder: Path, dtype: Dtype = "bfloat16") -> None:
+def save_weights(weights: Iterable[tuple[str, mx.array]], folder: Path, dtype: Dtype) -> None:
     """Write model.safetensors into an existing folder, weights rounded to `dtype`.
 
     Config and tokenizer are the caller's (see checkpoints.model_folder).
     """
-    weights = {name: value.astype(DTYPES[dtype]) for name, value in tree_flatten(model.parameters())}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    rounded = {name: value.astype(DTYPES[dtype]) for name, value in weights}
+    mx.save_safetensors(str(folder / "model.safetensors"), rounded, metadata={"format": "pt"})
+
+
+def save_model(model: Any, folder: Path, dtype: Dtype = "bfloat16") -> None:
+    """`save_weights` of a model's parameters."""
+    save_weights(tree_flatten(model.parameters()), folder, dtype)
