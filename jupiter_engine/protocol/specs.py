@@ -134,11 +134,11 @@ class OptimizerSpec(Spec, frozen=True, kw_only=True):
     learning_rate: Positive = 1e-4
     """Peak rate of the schedule."""
     beta1: Share = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay of the gradient's running mean (AdamW; `adafactor` has none)."""
     beta2: Share = 0.95
-    """Decay of the squared gradient's running mean."""
+    """Decay of the squared gradient's running mean (AdamW; `adafactor`'s moves with the step: 1 - step^-0.8)."""
     eps: Positive = 1e-8
-    """Added to the denominator of the update."""
+    """Added to the denominator of the update (AdamW)."""
     weight_decay: NotNegative = 0.01
     """Decoupled decay of matrices per step, times the learning rate."""
     momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.95

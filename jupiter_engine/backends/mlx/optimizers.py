@@ -38,7 +38,7 @@ from jupiter_engine.protocol.specs import OptimizerSpec
 
 _PENDING = 2**24
 """Numbers of parameters whose updates are computed together: bounds what exists besides the state (64 MiB each)."""
-_PIECE = 2**22
+_PIECE = 2**20
 """Numbers that one pass of the 8-bit rule works on."""
 
 Step = Callable[..., Any]
