@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from jupiter_engine.checkpoints import rope
 from jupiter_engine.errors import ModelInvalid
 from jupiter_engine.files import disk_full, sync_folder, write_atomic
 from jupiter_engine.protocol.shapes import Shape, parameter_count, tensor_shapes
@@ -36,11 +37,19 @@ class ModelInfo(Shape, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     rope_scaling: dict[str, float | str] | None = None
-    """None for plain RoPE; for rope_type `llama3` its factors, as in config.json."""
+    """None for plain RoPE; else `rope_type` (see checkpoints.rope.KINDS) and its factors, as in config.json."""
 
     @property
     def parameters(self) -> int:
         return parameter_count(self)
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention scores are multiplied with before the softmax.
+
+        YaRN multiplies queries and keys by a factor each; here that is part of the scale, which is the same.
+        """
+        return self.head_dim**-0.5 * rope.attention_factor(self.rope_scaling) ** 2
 
 
 def folder_sha256(folder: Path) -> str:
@@ -99,13 +108,10 @@ def config_values(info: ModelInfo) -> dict[str, Any]:
     another theta than 10000 it would compute wrong logits silently), and their
     defaults for `tie_word_embeddings` differ: so all three are always written.
     """
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": info.rope_theta}
-    if info.rope_scaling is not None:
-        rope = {**info.rope_scaling, "rope_theta": info.rope_theta}
     eos: int | list[int] | None = list(info.eos_ids) or None
     if len(info.eos_ids) == 1:
         eos = info.eos_ids[0]
-    values: dict[str, Any] = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -125,16 +131,12 @@ def config_values(info: ModelInfo) -> dict[str, Any]:
         "num_key_value_heads": info.kv_heads,
         "pad_token_id": info.pad_id,
         "rms_norm_eps": info.rms_norm_eps,
-        "rope_parameters": rope,
-        "rope_theta": info.rope_theta,
+        **rope.write(info.rope_theta, info.rope_scaling),
         "tie_word_embeddings": info.tied,
         "torch_dtype": info.dtype,
         "use_cache": True,
         "vocab_size": info.vocab_size,
     }
-    if info.rope_scaling is not None:
-        values["rope_scaling"] = dict(info.rope_scaling)
-    return values
 
 
 def write_config(folder: Path, info: ModelInfo) -> None:
@@ -234,7 +236,7 @@ def _info_of(values: dict[str, Any]) -> ModelInfo:
         raise ValueError("a size is smaller than 1")
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    theta, scaling = _rope_of(values)
+    theta, scaling = rope.read(values)
     return ModelInfo(
         vocab_size=int(values["vocab_size"]),
         hidden_size=hidden,
@@ -252,23 +254,6 @@ def _info_of(values: dict[str, Any]) -> ModelInfo:
         eos_ids=_ids(values.get("eos_token_id")),
         pad_id=_ids(values.get("pad_token_id"))[0] if _ids(values.get("pad_token_id")) else None,
     )
-
-
-def _rope_of(values: dict[str, Any]) -> tuple[float, dict[str, float | str] | None]:
-    """Theta and scaling from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling` (older)."""
-    parameters: dict[str, Any] = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    inner = parameters.pop("rope_theta", None)
-    outer = values.get("rope_theta")
-    if inner is not None and outer is not None and float(inner) != float(outer):
-        raise ValueError(f"rope_theta is {outer}, but rope_parameters.rope_theta is {inner}")
-    theta = float(inner if inner is not None else outer if outer is not None else 10000.0)
-    kind = parameters.pop("rope_type", parameters.pop("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r} is not supported (default and llama3 are)")
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return theta, {"rope_type": "llama3", **{key: float(parameters[key]) for key in keys}}
 
 
 def _ids(value: object) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import pytest
 from jupiter_engine.backends.contract import Dtype
 from jupiter_engine.backends.mlx import model as mlx_model
 from jupiter_engine.backends.torch import model as torch_model
+from jupiter_engine.backends.torch import rotary as torch_rotary
 from jupiter_engine.checkpoints.model_folder import verify
 from jupiter_engine.protocol.shapes import parameter_count
 
@@ -70,8 +71,8 @@ def test_causal(tiny_folders: dict[str, Path]) -> None:
 
 def test_scaled_rope_differs_from_plain_rope(tiny_folders: dict[str, Path]) -> None:
     info = verify(tiny_folders["scaled"])
-    scaled = torch_model.rotary_frequencies(info)
-    plain = torch_model.rotary_frequencies(verify(tiny_folders["plain"]))
+    scaled = torch_rotary.rotary_frequencies(info, info.rope_scaling)
+    plain = torch_rotary.rotary_frequencies(verify(tiny_folders["plain"]), None)
     assert float(scaled[0]) == pytest.approx(1.0), "short wavelengths are kept"
     assert float(scaled[-1]) == pytest.approx(10000 ** (-30 / 32) / 8.0), "long wavelengths are stretched by the factor"
     assert plain.shape[0] == 4

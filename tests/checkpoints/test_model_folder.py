@@ -114,7 +114,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bias": (lambda f: edit_config(f, attention_bias=True), "attention biases"),
     "quantised": (lambda f: edit_config(f, quantization={"bits": 4}), "quantised"),
     "activation": (lambda f: edit_config(f, hidden_act="gelu"), "gelu"),
-    "two thetas": (lambda f: edit_config(f, rope_theta=10000.0), "rope_theta is 10000.0"),
+    "two thetas": (lambda f: edit_config(f, rope_theta=10000.0), "two values of rope_theta"),
     "yarn": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 50000.0}), "yarn"),
     "heads": (lambda f: edit_config(f, num_attention_heads=3, num_key_value_heads=2), "no multiple"),
     "zero": (lambda f: edit_config(f, num_attention_heads=0), "smaller than 1"),

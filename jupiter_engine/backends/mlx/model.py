@@ -6,7 +6,6 @@ its own cache.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,37 +15,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from jupiter_engine.backends.contract import Dtype
+from jupiter_engine.backends.mlx.rotary import rotary_periods, rotate
 from jupiter_engine.checkpoints.model_folder import ModelInfo, verify, weight_files
 
 DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "bfloat16": mx.bfloat16}
-
-
-def rotary_periods(info: ModelInfo) -> mx.array:
-    """Positions per radian of each of the head_dim/2 pairs, float32 [head_dim / 2] (what mx.fast.rope calls freqs).
-
-    With `llama3` scaling long wavelengths are stretched by `factor`, short ones
-    are kept and those between are blended (the rule of Llama 3.1's release).
-    """
-    pairs = mx.arange(0, info.head_dim, 2, dtype=mx.float32)
-    frequencies = 1.0 / (info.rope_theta ** (pairs / info.head_dim))
-    scaling = info.rope_scaling
-    if scaling is not None:
-        factor, low, high, original = (
-            float(scaling[key])
-            for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        )
-        smooth = mx.clip((original * frequencies / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
-        frequencies = (1 - smooth) * frequencies / factor + smooth * frequencies
-    return 1.0 / frequencies
-
-
-def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotary embedding in the half-split layout at any positions.
-
-    x [B, heads, T, head_dim]; cos, sin float32 [B, 1, T, head_dim / 2]. mx.fast.rope knows consecutive positions only.
-    """
-    first, second = mx.split(x.astype(mx.float32), 2, axis=-1)
-    return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def attention_mask(segments: mx.array) -> mx.array:
@@ -67,6 +39,7 @@ class Attention(nn.Module):
     def __init__(self, info: ModelInfo) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = info.heads, info.kv_heads, info.head_dim
+        self.scale = info.attention_scale
         q, kv = info.heads * info.head_dim, info.kv_heads * info.head_dim
         self.q_proj = nn.Linear(info.hidden_size, q, bias=False)
         self.k_proj = nn.Linear(info.hidden_size, kv, bias=False)
@@ -94,7 +67,7 @@ class Attention(nn.Module):
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
         """Attention and output projection; a boolean mask is True where a key may be seen."""
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1))
 
     def __call__(self, x: mx.array, periods: mx.array, mask: mx.array | str | None) -> mx.array:
@@ -143,7 +116,7 @@ class Llama(nn.Module):
         super().__init__()
         # Leading underscores keep both out of the module's parameters (and so out of optimizers and files).
         self._info = info
-        self._periods = rotary_periods(info)
+        self._periods = rotary_periods(info, info.rope_scaling)
         self.model = Decoder(info)
         if not info.tied:
             self.lm_head = nn.Linear(info.hidden_size, info.vocab_size, bias=False)

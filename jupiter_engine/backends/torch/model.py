@@ -6,7 +6,6 @@ its own key/value cache.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jupiter_engine.backends.contract import Dtype
+from jupiter_engine.backends.torch.rotary import rotary, rotary_frequencies, rotate
 from jupiter_engine.checkpoints.model_folder import ModelInfo, verify, weight_files
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,40 +40,11 @@ class RMSNorm(nn.Module):
         return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotary_frequencies(info: ModelInfo) -> Tensor:
-    """Radians per position of each of the head_dim/2 pairs, float32 [head_dim / 2].
-
-    With `llama3` scaling long wavelengths are stretched by `factor`, short ones
-    are kept and those between are blended (the rule of Llama 3.1's release).
-    """
-    pairs = torch.arange(0, info.head_dim, 2, dtype=torch.int64).float()
-    frequencies = 1.0 / (info.rope_theta ** (pairs / info.head_dim))
-    scaling = info.rope_scaling
-    if scaling is None:
-        return frequencies
-    factor, low, high, original = (
-        float(scaling[key])
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
-    wavelengths = 2 * math.pi / frequencies
-    smooth = ((original / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - smooth) * frequencies / factor + smooth * frequencies
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout. x [B, heads, T, head_dim]; cos, sin broadcastable to it.
-
-    `sin` carries the sign of the first half (see `Llama.rotary`).
-    """
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + swapped * sin
-
-
 class Attention(nn.Module):
     def __init__(self, info: ModelInfo) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = info.heads, info.kv_heads, info.head_dim
+        self.scale = info.attention_scale
         q, kv = info.heads * info.head_dim, info.kv_heads * info.head_dim
         self.q_proj = nn.Linear(info.hidden_size, q, bias=False)
         self.k_proj = nn.Linear(info.hidden_size, kv, bias=False)
@@ -91,7 +62,13 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention and output projection; `mask` None is plain causal over equal lengths, else True = may see."""
         out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=self.heads != self.kv_heads,
         )
         return self.o_proj(out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1))
 
@@ -144,13 +121,11 @@ class Llama(nn.Module):
         if not info.tied:
             self.lm_head = nn.Linear(info.hidden_size, info.vocab_size, bias=False)
         # A plain attribute, not a buffer: casting the model to bfloat16 must not round the angles.
-        self.frequencies = rotary_frequencies(info)
+        self.frequencies = rotary_frequencies(info, info.rope_scaling)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Positions [...] -> cos, sin [..., head_dim]; angles in float32, sin negated in its first half."""
-        angles = positions.unsqueeze(-1).float() * self.frequencies.to(positions.device)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+        return rotary(positions, self.frequencies.to(positions.device), dtype)
 
     def hidden(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
         """Final-norm hidden states.
@@ -210,7 +185,7 @@ def load_model(folder: Path, dtype: Dtype = "bfloat16", device: str | torch.devi
     state = {name: tensors[name].to(device=device, dtype=DTYPES[dtype]) for name in wanted}
     model.load_state_dict(state, strict=True, assign=True)
     # Made on the meta device above, where it holds no numbers.
-    model.frequencies = rotary_frequencies(info).to(device)
+    model.frequencies = rotary_frequencies(info, info.rope_scaling).to(device)
     return model
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from jupiter_engine.backends.torch.collectives import Alone, TorchrunGroup, device_of_rank
-from jupiter_engine.backends.torch.model import DTYPES, Llama, load_model, rotary_frequencies, save_model
+from jupiter_engine.backends.torch.model import DTYPES, Llama, load_model, save_model
+from jupiter_engine.backends.torch.rotary import rotary_frequencies
 from jupiter_engine.checkpoints.model_folder import ModelInfo
 from jupiter_engine.checkpoints.state import TrainerState
 from jupiter_engine.protocol.specs import Recipe
@@ -93,7 +94,7 @@ class TorchTrainer:
         }
         self._group.broadcast(list(self._master.values()))
         # A plain attribute that the meta device left without values.
-        self._model.frequencies = rotary_frequencies(info)
+        self._model.frequencies = rotary_frequencies(info, info.rope_scaling)
         self._bind()
         for value in self._master.values():
             value.grad = torch.zeros_like(value)
