@@ -7,6 +7,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from jupiter_engine.cluster.contents import HashCache
 from jupiter_engine.cluster.fleet import Fleet
 from jupiter_engine.cluster.hostfile import node_addresses, node_interfaces, node_rdma
 from jupiter_engine.cluster.link import LinkFiles, has_leave, link
-from jupiter_engine.cluster.placement import Placement
+from jupiter_engine.cluster.placement import Island, Placement, with_hub
 from jupiter_engine.cluster.push import push_environment
 from jupiter_engine.cluster.runner import Hello, NodeRunner
 from jupiter_engine.cluster.shipping import Shipment, ship
@@ -27,9 +28,17 @@ from jupiter_engine.errors import NodeUnreachable, NoUsableNode, RemoteError
 from jupiter_engine.protocol.facts import Progress
 from jupiter_engine.protocol.fleet import GroupPlan, Transfer
 from jupiter_engine.protocol.orders import decoder as order_decoder
-from jupiter_engine.protocol.specs import HostSpec, LaunchSpec, Twin
+from jupiter_engine.protocol.specs import HostSpec, IslandSpec, LaunchSpec, Twin
 from jupiter_engine.remote.failures import lasting
-from jupiter_engine.settings.cluster import ClusterSettings, GroupSpec, NodeSpec, load_cluster, node_by_name
+from jupiter_engine.settings.cluster import (
+    HUB,
+    ClusterSettings,
+    GroupSpec,
+    NodeSpec,
+    load_cluster,
+    node_by_name,
+    sharding,
+)
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -141,16 +150,49 @@ class _Preparation:
 
     # -- Maker -----------------------------------------------------------------------------------
     async def prepare(self, say: Say, at: At) -> Ready:
+        if self._placement.islands:
+            return await self._prepare_islands(say, at)
         nodes = await self._answering(say)
         meter = _Meter(at)
         sites = await _together(self._site(node, meter) for node in nodes)
         twin = await self._twin(sites, nodes)
-        launch, sites = await self._launch(sites, twin, say)
+        launch, sites = await self._launch(self._placement.group, sites, twin, say)
         shipment = self._shipment(twin, launch)
         self._outputs = shipment.outputs
         await self._hand_over(sites[0])
         await _together(self._send(site, shipment, meter) for site in sites)
         return Ready(sites=tuple(sites), group=self._placement.group is not None)
+
+    async def _prepare_islands(self, say: Say, at: At) -> Ready:
+        """Everything on every machine; the order goes to the hub, which gives its islands theirs."""
+        placement = await self._answering_islands(say)
+        meter = _Meter(at)
+        made = await _together(self._site(node, meter) for node in placement.nodes)
+        sites = {site.name: site for site in made}
+        hub, launches, leaders = made[0], [], []
+        for island in placement.islands:
+            own = [sites[name] for name in island.names()]
+            twin = await self._twin(own, island.nodes)
+            launch, ordered = await self._launch(island.group, own, twin, say, run=f"{self._folder.name}.{island.name}")
+            launches.append(launch)
+            leaders.append(ordered[0])
+        links = await self._hub_links(hub, leaders)
+        specs = tuple(
+            IslandSpec(name=island.name, launch=launch, leader=self._island_leader(island, site, launch, links))
+            for island, site, launch in zip(placement.islands, leaders, launches, strict=True)
+        )
+        whole = msgspec.structs.replace(
+            self._alone(launches[0].twin, sum(launch.ranks for launch in launches)),
+            islands=specs,
+            rounds=self._cluster.islands.rounds,
+            ssh_config=links.ssh_config,
+        )
+        say(f"{hub.name} merges the islands {', '.join(island.name for island in placement.islands)}")
+        shipment = self._shipment(whole.twin, whole)
+        self._outputs = shipment.outputs
+        await self._hand_over(hub)
+        await _together(self._send(site, shipment, meter, order=site is hub) for site in made)
+        return Ready(sites=tuple(made), group=False, islands=True)
 
     async def leader(self, name: str) -> Site:
         node = node_by_name(self._cluster, name)
@@ -207,6 +249,30 @@ class _Preparation:
                 say(f"{node.title()} is left out of the group: {answer.detail}")
         return usable
 
+    async def _answering_islands(self, say: Say) -> Placement:
+        """The hub and those islands that can be called now, each without members that do not answer.
+
+        NodeUnreachable (try again) if the hub does not answer, or too few islands for a merge do.
+        """
+        nodes = self._placement.nodes
+        answers = await asyncio.gather(*(self._stages.runner(node.title()) for node in nodes), return_exceptions=True)
+        silent: dict[str, NodeUnreachable] = {}
+        for node, answer in zip(nodes, answers, strict=True):
+            if isinstance(answer, BaseException):
+                if not isinstance(answer, NodeUnreachable) or lasting(answer) or node is nodes[0]:
+                    raise answer
+                silent[node.title()] = answer
+        usable: list[Island] = []
+        for island in self._placement.islands:
+            rest = tuple(node for node in island.nodes if node.title() not in silent)
+            if rest:
+                usable.append(replace(island, nodes=rest))
+        if len(usable) < max(1, self._cluster.islands.rounds.quorum):
+            raise next(iter(silent.values()))
+        for name, error in silent.items():
+            say(f"{name} is left out of its island: {error.detail}")
+        return with_hub(nodes[0], usable)
+
     async def _site(self, node: NodeSpec, meter: _Meter) -> Site:
         runner, _ = await self._stages.runner(node.title())
         local = node.is_local()
@@ -242,16 +308,25 @@ class _Preparation:
         return "mlx" if (hello.system, hello.machine) == ("Darwin", "arm64") else "torch"
 
     # -- launch ----------------------------------------------------------------------------------
-    async def _launch(self, sites: Sequence[Site], twin: Twin, say: Say) -> tuple[LaunchSpec, list[Site]]:
-        """How training starts on these machines, and the machines in rank order."""
-        launch, group = self._cluster.launch, self._placement.group
-        alone = LaunchSpec(
+    def _alone(self, twin: Twin, ranks: int) -> LaunchSpec:
+        """What the cluster file says about every launch."""
+        launch, retries = self._cluster.launch, self._cluster.retries
+        return LaunchSpec(
             twin=twin,
-            ranks=launch.ranks if group is None else group.ranks_per_node,
+            ranks=ranks,
             threads_per_rank=launch.threads_per_rank,
-            restarts_per_hour=self._cluster.retries.group_restarts_per_hour,
-            host_lost_after_s=self._cluster.retries.node_lost_after_s,
+            sharding=sharding(self._cluster),
+            compile=launch.compile,
+            restarts_per_hour=retries.group_restarts_per_hour,
+            host_lost_after_s=retries.node_lost_after_s,
         )
+
+    async def _launch(
+        self, group: GroupSpec | None, sites: Sequence[Site], twin: Twin, say: Say, *, run: str = ""
+    ) -> tuple[LaunchSpec, list[Site]]:
+        """How training starts on these machines, and the machines in rank order; `run`: name of its run folder there,
+        where it is not the stage's own."""
+        alone = self._alone(twin, self._cluster.launch.ranks if group is None else group.ranks_per_node)
         if group is None or (len(sites) == 1 and group.launcher != "direct"):
             several = "torchrun" if twin == "torch" else "mlx.launch"
             launcher = "in_process" if alone.ranks == 1 else several
@@ -267,7 +342,7 @@ class _Preparation:
         by_name = {site.name: site for site in sites}
         ordered = [by_name[name] for name in plan.nodes]
         links = await self._links(present, plan, ordered)
-        hosts = tuple(self._host(site, plan, links, group) for site in ordered)
+        hosts = tuple(self._host(site, plan, links, group, run or self._folder.name) for site in ordered)
         whole = msgspec.structs.replace(
             alone,
             ranks=sum(host.ranks for host in hosts),
@@ -291,7 +366,34 @@ class _Preparation:
         ordered = msgspec.structs.replace(group, nodes=plan.nodes)
         return await link(self._cluster, ordered, connections, root=self._stages.root, known_hosts=fleet.known_hosts)
 
-    def _host(self, site: Site, plan: GroupPlan, links: LinkFiles, group: GroupSpec) -> HostSpec:
+    async def _hub_links(self, hub: Site, leaders: Sequence[Site]) -> LinkFiles:
+        """The hub's way to the machines that lead the islands."""
+        others = [site for site in leaders if site.name != hub.name]
+        if not others:
+            return LinkFiles(ssh_config="", aliases={})
+        whole = GroupSpec(name=HUB, nodes=(hub.name, *(site.name for site in others)))
+        if not has_leave(self._stages.root, whole):
+            raise NoUsableNode(
+                f"{hub.name}, which merges the islands, has no leave to call their leading machines by ssh",
+                fix=f"`jupiter nodes link --group {HUB}` gives it a key of this workspace for that",
+            )
+        fleet = await self._stages.fleet()
+        connections = {site.name: site.connection for site in (hub, *others)}
+        return await link(self._cluster, whole, connections, root=self._stages.root, known_hosts=fleet.known_hosts)
+
+    def _island_leader(self, island: Island, site: Site, launch: LaunchSpec, links: LinkFiles) -> HostSpec:
+        return HostSpec(
+            name=site.name,
+            ssh=links.aliases.get(site.name, ""),
+            ranks=launch.hosts[0].ranks if launch.hosts else launch.ranks,
+            runner=(site.runner.python, site.runner.file),
+            python=site.python,
+            run_folder=site.path(f"runs/{self._folder.name}.{island.name}"),
+            addresses=("127.0.0.1",),
+            env=site.env,
+        )
+
+    def _host(self, site: Site, plan: GroupPlan, links: LinkFiles, group: GroupSpec, run: str) -> HostSpec:
         env = dict(site.env)
         interface = node_interfaces(plan).get(site.name)
         if interface and plan.twin == "torch":
@@ -303,10 +405,11 @@ class _Preparation:
             ranks=group.ranks_per_node,
             runner=(site.runner.python, site.runner.file),
             python=site.python,
-            run_folder=site.path(f"runs/{self._folder.name}"),
+            run_folder=site.path(f"runs/{run}"),
             addresses=node_addresses(plan).get(site.name) or ("127.0.0.1",),
             rdma=node_rdma(plan).get(site.name, ()),
             env=env,
+            micro_batch_sequences=node_by_name(self._cluster, site.name).micro_batch_sequences,
         )
 
     # -- files -----------------------------------------------------------------------------------
@@ -338,7 +441,7 @@ class _Preparation:
         for path in (events, *sorted(self._folder.glob("results/*.jsonl"))):
             await site.connection.write(f"{run}/{path.relative_to(self._folder).as_posix()}", path.read_bytes())
 
-    async def _send(self, site: Site, shipment: Shipment, meter: _Meter) -> None:
+    async def _send(self, site: Site, shipment: Shipment, meter: _Meter, *, order: bool = True) -> None:
         run = site.path(f"runs/{self._folder.name}")
         spec = msgspec.json.encode(shipment.order)
         if not site.local:
@@ -351,7 +454,8 @@ class _Preparation:
                     files.setdefault(folder, {})[name] = here
             for folder, named in files.items():
                 await send_tree(site.runner, named, site.path(folder), self._stages.hashes, meter.of(site.name))
-        await site.connection.write(f"{run}/spec.json", spec)
+        if order:
+            await site.connection.write(f"{run}/spec.json", spec)
 
 
 class _Meter:

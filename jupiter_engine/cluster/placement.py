@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
@@ -13,11 +16,28 @@ from jupiter_engine.settings.cluster import (
     GroupSpec,
     NodeSpec,
     group_nodes,
+    hub_node,
+    islands,
+    node_by_name,
     training_group,
 )
 
 ABILITY_OF_STAGE: Final[dict[str, Ability]] = {"generate": "generate", "train": "train", "evaluate": "evaluate"}
 """Stages that may run on other machines; all others work on the workspace's own files and run where it lies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Island:
+    """Machines that train as one, apart from the others."""
+
+    name: str
+    """A word that may stand in a path; the island's run folder is called RUN.NAME."""
+    group: GroupSpec
+    nodes: tuple[NodeSpec, ...]
+    """The leading one first; those that do not answer are not in it."""
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(node.title() for node in self.nodes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +48,14 @@ class Placement:
     """The leading one first; empty: this machine."""
     group: GroupSpec | None = None
     """Set where several machines (or several ranks by a group's own settings) train as one."""
+    islands: tuple[Island, ...] = ()
+    """Set where groups train apart; then the first of `nodes` is the hub's machine, and all of theirs follow."""
 
     @property
     def here(self) -> bool:
         """This machine alone, started directly."""
+        if self.islands:
+            return False
         return not self.nodes or (len(self.nodes) == 1 and self.nodes[0].is_local())
 
     def names(self) -> tuple[str, ...]:
@@ -57,6 +81,8 @@ def place(stage: str, cluster: ClusterSettings, *, lost: AbstractSet[str] = froz
     ability = ABILITY_OF_STAGE.get(stage)
     if ability is None:
         return Placement()
+    if ability == "train" and islands(cluster):
+        return _place_islands(cluster, lost)
     if ability == "train":
         group = training_group(cluster)
         if group is not None:
@@ -79,6 +105,48 @@ def _place_group(cluster: ClusterSettings, group: GroupSpec, lost: AbstractSet[s
             f"no machine of the group {group.name} answers", fix="`jupiter doctor` says what is wrong with each"
         )
     return Placement(nodes=nodes, group=group)
+
+
+def _place_islands(cluster: ClusterSettings, lost: AbstractSet[str]) -> Placement:
+    """The hub where the cluster file puts it; if that machine is lost, on the first island's leading one."""
+    found = islands_without(cluster, lost)
+    if not found:
+        raise NoUsableNode("no machine of any island answers", fix="`jupiter doctor` says what is wrong with each")
+    wanted = hub_node(cluster)
+    return with_hub(wanted if wanted.title() not in lost else found[0].nodes[0], found)
+
+
+def with_hub(hub: NodeSpec, found: Sequence[Island]) -> Placement:
+    """Islands under a hub on this machine."""
+    nodes = {node.title(): node for node in (hub, *itertools.chain.from_iterable(one.nodes for one in found))}
+    return Placement(nodes=tuple(nodes.values()), islands=tuple(found))
+
+
+def begun_islands(cluster: ClusterSettings, names: Sequence[str]) -> Placement:
+    """Islands as they were begun: `names` are the hub's machine and all of theirs, as in Placement.nodes."""
+    everybody = {node.title() for node in cluster.nodes}
+    return with_hub(node_by_name(cluster, names[0]), islands_without(cluster, everybody - set(names)))
+
+
+def islands_without(cluster: ClusterSettings, lost: AbstractSet[str]) -> tuple[Island, ...]:
+    """The islands that have a machine left. Their names do not depend on who is lost."""
+    groups = islands(cluster)
+    members = [tuple(n for n in group_nodes(cluster, group) if n.title() not in lost) for group in groups]
+    return tuple(
+        Island(name=name, group=group, nodes=nodes)
+        for name, group, nodes in zip(_words(groups), groups, members, strict=True)
+        if nodes
+    )
+
+
+def _words(groups: Sequence[GroupSpec]) -> list[str]:
+    """Names that may stand in a path and tell people who is meant."""
+    found: list[str] = []
+    for group in groups:
+        word = re.sub(r"[^a-z0-9]+", "-", group.name.lower()).strip("-")[:40] or "island"
+        choices = itertools.chain([word], (f"{word}-{number}" for number in itertools.count(2)))
+        found.append(next(choice for choice in choices if choice not in found))
+    return found
 
 
 def _preference(node: NodeSpec, ability: Ability) -> tuple[bool, bool]:

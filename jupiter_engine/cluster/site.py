@@ -39,6 +39,8 @@ class Ready:
     sites: tuple[Site, ...]
     """The leading one first."""
     group: bool
+    islands: bool = False
+    """The leading one is the hub; the others train in islands."""
 
     @property
     def leader(self) -> Site:

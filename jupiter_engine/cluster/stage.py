@@ -62,6 +62,8 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
     """The leading one first; empty: not chosen."""
     group: bool = False
     """Whether they train as one group."""
+    islands: bool = False
+    """Whether they train in islands; the leading one is then the hub's."""
     workspace: str = ""
     """Folder of this workspace on the leading machine; empty until it is known."""
     round: int = 0
@@ -225,6 +227,7 @@ class RemoteStage(LocalRemote):
             again = Placed(
                 nodes=ready.names(),
                 group=ready.group,
+                islands=ready.islands,
                 workspace=ready.leader.workspace,
                 round=self.placed().round + 1,
                 begun=True,

@@ -15,11 +15,13 @@ from jupiter_engine.errors import JupiterError, UsageError
 from jupiter_engine.remote.host_keys import OfferedKey
 from jupiter_engine.remote.port import Connection
 from jupiter_engine.settings.cluster import (
+    HUB,
     ClusterSettings,
     GroupSpec,
     NodeSpec,
     default_groups,
     group_nodes,
+    hub_group,
     node_by_name,
 )
 from jupiter_engine.settings.workspace import CLUSTER_FILE
@@ -114,8 +116,15 @@ async def push(fleet: Fleet, name: str) -> str:
 
 
 def groups_named(cluster: ClusterSettings, name: str | None) -> tuple[GroupSpec, ...]:
-    """The groups called so, all of them without a name; UsageError if there is none."""
-    return _chosen(cluster.groups or default_groups(cluster), name)
+    """The groups called so, all of them without a name; UsageError if there is none. The hub of islands with their
+    leading machines counts as one."""
+    return _chosen(_linkable(cluster), name)
+
+
+def _linkable(cluster: ClusterSettings) -> tuple[GroupSpec, ...]:
+    """Groups whose first machine calls the others."""
+    hub = hub_group(cluster)
+    return (*(cluster.groups or default_groups(cluster)), *((hub,) if hub is not None else ()))
 
 
 def _chosen(groups: Sequence[GroupSpec], name: str | None) -> tuple[GroupSpec, ...]:
@@ -155,7 +164,8 @@ async def link_group(fleet: Fleet, name: str) -> tuple[str, tuple[str, ...]]:
     connections, problems = await connections_of(fleet, group)
     if problems:
         raise next(iter(problems.values()))
-    link.give_leave(fleet.root, fleet.cluster, group)
+    whole = hub_group(fleet.cluster, whole=True) if group.name == HUB else None
+    link.give_leave(fleet.root, fleet.cluster, whole or group)
     files = await link.link(fleet.cluster, group, connections, root=fleet.root, known_hosts=fleet.known_hosts)
     return group_nodes(fleet.cluster, group)[0].title(), tuple(files.aliases)
 
@@ -163,7 +173,7 @@ async def link_group(fleet: Fleet, name: str) -> tuple[str, tuple[str, ...]]:
 async def unlink_groups(fleet: Fleet, name: str | None) -> dict[str, dict[str, str]]:
     """Take leave and links back from a group, from all of them without a name, those that the cluster file no longer
     has among them: group -> node -> why it could not be taken back there. UsageError if there is no such group."""
-    present = {group.name: group for group in fleet.cluster.groups or default_groups(fleet.cluster)}
+    present = {group.name: group for group in _linkable(fleet.cluster)}
     names = [*present, *(former for former in link.linked(fleet.root).groups if former not in present)]
     groups = [link.as_linked(fleet.root, fleet.cluster, one, present.get(one)) for one in names]
     left: dict[str, dict[str, str]] = {}

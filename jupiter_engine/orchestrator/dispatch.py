@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from jupiter_engine.cluster.placement import ABILITY_OF_STAGE, Placement, place
+from jupiter_engine.cluster.placement import ABILITY_OF_STAGE, Placement, begun_islands, place
 from jupiter_engine.cluster.stage import Placed, RemoteStage, Successor, read_placement
 from jupiter_engine.errors import JupiterError, NoUsableNode
 from jupiter_engine.files import read_json, write_json
@@ -123,6 +123,12 @@ class Dispatcher:
         except JupiterError:
             self._give_up(folder, placed)
             return None
+        if placed.islands:
+            again = begun_islands(cluster, placed.nodes)
+            if again.islands:
+                return again
+            self._give_up(folder, placed)  # the cluster file has no islands any more
+            return None
         return Placement(nodes=nodes, group=training_group(cluster) if placed.group else None)
 
     def _silent(self) -> frozenset[str]:
@@ -166,7 +172,10 @@ class Dispatcher:
         names = instead.names()
         if leader and leader in names:
             names = (leader, *(name for name in names if name != leader))
-        self._give_up(folder, placed, nodes=() if _starts_here(instead) else names, group=instead.group is not None)
+        nodes = () if _starts_here(instead) else names
+        self._give_up(
+            folder, placed, Placed(nodes=nodes, group=instead.group is not None, islands=bool(instead.islands))
+        )
         await self.forget(folder.name)
         where = "this machine" if instead.here else names[0]
         text = f"{remote.name} has not answered for {silence:.0f} s: {where} takes over the stage"
@@ -241,13 +250,13 @@ class Dispatcher:
         assert isinstance(found, Abandoned)
         return found
 
-    def _give_up(self, folder: Path, placed: Placed, *, nodes: tuple[str, ...] = (), group: bool = False) -> None:
-        """The run is not any more where it was; `nodes` is where it goes, if that is settled."""
+    def _give_up(self, folder: Path, placed: Placed, instead: Placed | None = None) -> None:
+        """The run is not any more where it was; `instead` is where it goes, if that is settled."""
         if placed.begun and placed.nodes:
             entry = AbandonedRun(node=placed.nodes[0], workspace=placed.workspace, run=folder.name, round=placed.round)
             write_json(self._abandoned_path, Abandoned(runs=(*self._abandoned().runs, entry)))
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "placement.json", Placed(nodes=nodes, group=group, round=placed.round))
+        write_json(folder / "placement.json", msgspec.structs.replace(instead or Placed(), round=placed.round))
 
     def tidy(self) -> None:
         """End abandoned work on machines that answer again, in the background; at most one look in ten seconds."""

@@ -341,13 +341,17 @@ def hub_node(cluster: ClusterSettings) -> NodeSpec:
     return local_node(cluster) or group_nodes(cluster, groups[0])[0]
 
 
-def hub_group(cluster: ClusterSettings) -> GroupSpec | None:
-    """The hub's machine with the islands' leading ones, which it calls by ssh; None: there are no islands."""
+def hub_group(cluster: ClusterSettings, *, whole: bool = False) -> GroupSpec | None:
+    """The hub's machine with the islands' leading ones, which it calls by ssh; `whole`: with all their machines, each
+    of which may have to lead one day. None: there are no islands."""
     groups = islands(cluster)
     if not groups:
         return None
-    leaders = (group_nodes(cluster, group)[0].title() for group in groups)
-    return GroupSpec(name=HUB, nodes=tuple(dict.fromkeys((hub_node(cluster).title(), *leaders))))
+    found = [hub_node(cluster)]
+    for group in groups:
+        members = group_nodes(cluster, group)
+        found += members if whole else members[:1]
+    return GroupSpec(name=HUB, nodes=tuple(dict.fromkeys(node.title() for node in found)))
 
 
 def defaults() -> ClusterSettings:

@@ -14,6 +14,7 @@ from jupiter_engine.protocol.specs import Twin
 from jupiter_engine.settings.cluster import (
     ABILITIES,
     FIRST_RECONNECT_S,
+    HUB,
     UNANSWERED,
     ClusterSettings,
     GroupSpec,
@@ -367,6 +368,10 @@ def _check_islands(cluster: ClusterSettings, found: Findings) -> None:
             text = f"is {quote(name)}, but {both.title()} is in the island {other} already; a machine is in one island"
             found.problem(key, text)
         taken.update({node.title(): i for node in members})
+    for i, group in enumerate(cluster.groups):
+        if group.name == HUB:
+            text = f"is {HUB}, which is what the hub and the islands' leading machines are called; write another name"
+            found.problem(f"groups[{i}].name", text)
     if section.hub is not None and find(cluster, section.hub) is None:
         found.problem("islands.hub", f"is {quote(section.hub)}, which no node is called; {guess(section.hub, nodes)}")
     if section.rounds.quorum > len(section.groups):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jupiter_engine.cluster.placement import place, require_duties
+from jupiter_engine.cluster.placement import begun_islands, place, require_duties
 from jupiter_engine.errors import NoUsableNode
 from jupiter_engine.settings.cluster import ClusterSettings, load_cluster
 
@@ -70,3 +70,49 @@ def test_every_duty_of_a_cycle_needs_a_machine(tmp_path: Path) -> None:
     require_duties(cluster(tmp_path, "{host: g, role: generator}, {host: t, role: trainer, device_type: mac}"))
     with pytest.raises(NoUsableNode, match="generate"):
         require_duties(cluster(tmp_path, "{host: t, role: trainer, device_type: mac}"))
+
+
+ISLANDS = (
+    "groups: [{name: Studio Macs, nodes: [m1, m2]}, {name: studio-macs, nodes: [m3]}]\n"
+    "islands: {groups: [Studio Macs, studio-macs, box]}\n"
+)
+
+
+def islands_of(folder: Path) -> ClusterSettings:
+    nodes = ", ".join(f"{{host: m{i}, device_type: mac, role: trainer}}" for i in (1, 2, 3))
+    return cluster(folder, f"{HERE}, {nodes}, {{host: box, device_type: nvidia, role: trainer}}", ISLANDS)
+
+
+def test_islands_train_under_a_hub_and_each_has_a_name_of_its_own(tmp_path: Path) -> None:
+    placement = place("train", islands_of(tmp_path))
+    assert placement.names() == ("here", "m1", "m2", "m3", "box")
+    assert [(one.name, one.names()) for one in placement.islands] == [
+        ("studio-macs", ("m1", "m2")),
+        ("studio-macs-2", ("m3",)),
+        ("box", ("box",)),
+    ]
+    assert not placement.here
+    assert placement.group is None
+    assert place("generate", islands_of(tmp_path)).islands == ()
+
+
+def test_islands_go_without_lost_machines_and_keep_their_names(tmp_path: Path) -> None:
+    settings = islands_of(tmp_path)
+    placement = place("train", settings, lost={"here", "m1", "m3"})
+    # The hub was lost: the first island's leading machine merges.
+    assert placement.names() == ("m2", "box")
+    assert [(one.name, one.names()) for one in placement.islands] == [("studio-macs", ("m2",)), ("box", ("box",))]
+    assert place("train", settings, lost={"m1", "m2"}).islands[0].name == "studio-macs-2"
+    with pytest.raises(NoUsableNode, match="no machine of any island answers"):
+        place("train", settings, lost={"m1", "m2", "m3", "box"})
+
+
+def test_islands_that_were_begun_are_found_by_their_machines(tmp_path: Path) -> None:
+    settings = islands_of(tmp_path)
+    placement = begun_islands(settings, ("box", "m2", "m3"))
+    assert placement.names() == ("box", "m2", "m3")
+    assert [(one.name, one.names()) for one in placement.islands] == [
+        ("studio-macs", ("m2",)),
+        ("studio-macs-2", ("m3",)),
+        ("box", ("box",)),
+    ]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from jupiter_engine.cluster.placement import Placement
@@ -37,7 +38,7 @@ class PlayedStage(ScriptedRemote):
         super().__init__(worker)
         self.name = placement.names()[0]
         self.nodes = placement.names()
-        self.folder = folder
+        self.folder, self.placement = folder, placement
         self.silent_since: float | None = time.monotonic() if silent else None
         self.progress: Progress | None = None
         self.closed = False
@@ -373,3 +374,45 @@ def test_a_group_of_this_machine_alone_sets_its_ranks(ranks: int, launcher: str,
     fixture = Fixture(tmp_path, CLUSTER + group)
     launch = fixture.engine.dispatch.launch()
     assert (launch.ranks, launch.launcher) == (ranks, launcher)
+
+
+ISLANDS = """\
+nodes:
+  - {host: localhost, name: here, device_type: cpu, role: hybrid, can_train: false}
+  - {host: a, name: a, device_type: cpu, role: trainer}
+  - {host: b, name: b, device_type: cpu, role: trainer}
+  - {host: c, name: c, device_type: cpu, role: trainer}
+islands: {groups: [b, c], hub: a}
+retries: {node_lost_after_s: 20}
+"""
+
+
+async def test_another_machine_becomes_the_hub_of_islands_where_the_first_one_is_gone(tmp_path: Path) -> None:
+    fixture = Fixture(tmp_path, ISLANDS)
+    fixture.stages.silent_stage = True
+    fixture.start()
+    await fixture.steps()
+    (first,) = fixture.stages.made
+    assert first.nodes == ("a", "b", "c")
+    placed = read_placement(first.folder)
+    write_json(first.folder / "placement.json", msgspec.structs.replace(placed, islands=True))
+    # An engine that comes later finds the same machines and the same islands.
+    again = fixture.new_engine().dispatch.remote_of("train", first.folder)
+    assert isinstance(again, PlayedStage)
+    assert again.nodes == first.nodes
+    assert [one.name for one in again.placement.islands] == ["b", "c"]
+    fixture.stages.made.pop()
+    fixture.stages.lost.add("a")
+    fixture.stages.silent_stage = False
+    fixture.stages.next = Successor(name="c", step=4)
+    first.silent_since = time.monotonic() - 21
+    for _ in range(20):
+        await fixture.steps()
+        await asyncio.sleep(0.05)
+    cycle = fixture.engine.state.cycles["python-0001"]
+    assert cycle.status == "finished", fixture.texts()
+    second = fixture.stages.made[1]
+    assert second.nodes == ("c", "b")
+    assert set(fixture.stages.asked) == {"b", "c"}
+    assert [one.name for one in second.placement.islands] == ["b", "c"]
+    assert any("a has not answered for 21 s: c takes over" in text for text in fixture.texts())
