@@ -11,16 +11,14 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from jupiter_engine.checkpoints.state import TrainerState
 from jupiter_engine.checkpoints.store import Checkpoint, CheckpointStore, Identity, World
 from jupiter_engine.checkpoints.writer import CheckpointWriter
 from jupiter_engine.errors import Diverged, JupiterError, StateError
@@ -28,101 +26,9 @@ from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.specs import Recipe
 from jupiter_engine.training.data_order import BatchOrder, counted_tokens, micro_batches, rank_rows
 from jupiter_engine.training.schedule import learning_rate
+from jupiter_engine.training.trainer import Batch, PeerFailed, Reporter, Trainer, TrainingData
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingData:
-    """A snapshot's arrays, [N, sequence_tokens + 1], usually memory-mapped.
-
-    `tokens` uint32; `loss_mask` uint8, 1 where the target at that position
-    counts (column 0 is never a target); `segments` uint16, document number
-    within the row.
-    """
-
-    tokens: npt.NDArray[Any]
-    loss_mask: npt.NDArray[Any]
-    segments: npt.NDArray[Any]
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """One micro-batch: inputs and targets, each [B, T].
-
-    `tokens`, `targets`, `segments` int64 (segments of the inputs); `counted`
-    bool: does the loss at that target count?
-    """
-
-    tokens: npt.NDArray[np.int64]
-    targets: npt.NDArray[np.int64]
-    segments: npt.NDArray[np.int64]
-    counted: npt.NDArray[np.bool_]
-
-
-class Trainer(Protocol):
-    """What a twin does for the loop. Every rank calls the same methods in the same order."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def ranks(self) -> int: ...
-
-    def accumulate(self, batch: Batch, scale: float) -> float:
-        """Add d(scale * S)/d(weights) to the gradient, S = sum of the batch's counted cross-entropy; return S in nats.
-
-        A target whose next input belongs to another document is the caller's business (its loss mask is 0).
-        """
-        ...
-
-    def exchange(self, row: Sequence[float]) -> npt.NDArray[np.float64]:
-        """Tell all ranks `row`; returns [ranks, len(row)], the same everywhere."""
-        ...
-
-    def reduce(self) -> float:
-        """Sum the gradient over the ranks; returns its global L2 norm (the same on every rank)."""
-        ...
-
-    def apply(self, learning_rate: float, gradient_scale: float) -> None:
-        """One AdamW update with the gradient times `gradient_scale`; then the gradient is zero."""
-        ...
-
-    def export_state(self) -> TrainerState:
-        """The state as arrays that later updates do not change before the next call to `apply`."""
-        ...
-
-    def import_state(self, state: TrainerState) -> None: ...
-
-    def share_state(self, updates: int) -> None:
-        """Give every rank rank 0's weights and moments, which have seen `updates` updates."""
-        ...
-
-    def fingerprint(self) -> str:
-        """SHA-256 over this rank's weights, in name order."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the master weights as model.safetensors, rounded to the recipe's compute precision."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Reporter(Protocol):
-    """Where the loop tells what happens; of all but `at` only rank 0's is heard."""
-
-    def metric(self, metric: Metric) -> None: ...
-
-    def progress(self, done: int, total: int, note: str) -> None: ...
-
-    def at(self, step: int, *, waiting: bool) -> None:
-        """This rank works on `step` (counted from 0), or has done its part and waits for the others. Every rank's is
-        heard: whoever is behind when all stand still is the one the others wait for."""
-        ...
-
-    def note(self, text: str, level: str = "info") -> None: ...
-
-    def halt_asked(self) -> bool: ...
+__all__ = ["Batch", "Outcome", "PeerFailed", "Reporter", "Trainer", "Training", "TrainingData", "recipe_sha256"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,12 +41,6 @@ class Outcome:
     """Input tokens of all steps over the sum of their wall times."""
     halted: bool
     """Stopped on request; a checkpoint of step `steps` was written."""
-
-
-class PeerFailed(JupiterError):
-    """Another rank failed and reports why; this one only leaves with it."""
-
-    title = "Another rank failed"
 
 
 def recipe_sha256(recipe: Recipe) -> str:
