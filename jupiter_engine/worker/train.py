@@ -31,6 +31,7 @@ from jupiter_engine.checkpoints.store import Checkpoint, CheckpointStore, Identi
 from jupiter_engine.data.queue.snapshot import read_snapshot
 from jupiter_engine.errors import ConfigError, ModelInvalid, NoUsableNode, StateError
 from jupiter_engine.files import read_json, require_free, sha256_file, write_json
+from jupiter_engine.planning.plan import TrainingPlan, plan_training
 from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.orders import TrainOrder
 from jupiter_engine.protocol.shapes import Shape, weight_bytes
@@ -38,7 +39,6 @@ from jupiter_engine.training.distributed.hosts import ranks_asked_for
 from jupiter_engine.training.distributed.supervise import Supervisor
 from jupiter_engine.training.loop import Reporter, Training, TrainingData, recipe_sha256
 from jupiter_engine.training.model.presets import preset_shape, write_scratch
-from jupiter_engine.training.plan import TrainingPlan, plan_training
 from jupiter_engine.units import bytes_text
 from jupiter_engine.worker.context import Halt, RunContext
 
