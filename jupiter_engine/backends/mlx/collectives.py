@@ -104,13 +104,13 @@ class RingGroup(Alone):
     def broadcast(self, arrays: Arrays | None) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         given = arrays or {}
         for name, dtype, shape in self._announce(0, given):
-            yield name, self._from(0, given.get(name), dtype, shape)
+            yield name, self._spread(given.get(name), dtype, shape)
 
     def gather(self, arrays: Arrays) -> dict[str, npt.NDArray[Any]] | None:
         found: dict[str, npt.NDArray[Any]] = {}
         for owner in range(self.ranks):
             for name, dtype, shape in self._announce(owner, arrays):
-                array = self._from(owner, arrays[name] if owner == self.rank else None, dtype, shape)
+                array = self._spread(arrays[name] if owner == self.rank else None, dtype, shape)
                 if self.rank == 0:
                     found[name] = array
         return found if self.rank == 0 else None
@@ -120,11 +120,14 @@ class RingGroup(Alone):
         fields = [(name, array.dtype.str, array.shape) for name, array in arrays.items()]
         head = np.frombuffer(msgspec.json.encode(fields), dtype=np.uint8)
         size = int(self.exchange([float(head.size)])[owner, 0])
-        said = self._from(owner, head if owner == self.rank else None, "|u1", (size,))
+        said = self._spread(head if owner == self.rank else None, "|u1", (size,))
         return msgspec.json.decode(said.tobytes(), type=list[Field])
 
-    def _from(self, owner: int, array: npt.NDArray[Any] | None, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """`owner`'s array on every rank. The ring has no broadcast; adding zeros as integers is exact, NaN included."""
+    def _spread(self, array: npt.NDArray[Any] | None, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """The array of the one rank that passes one, on every rank.
+
+        The ring has no broadcast; adding zeros to the bytes as integers is exact, NaN included.
+        """
         mine = array is not None
         result = np.ascontiguousarray(array) if mine else np.empty(shape, dtype=dtype)
         flat = result.reshape(-1).view(np.uint8)
@@ -136,7 +139,7 @@ class RingGroup(Alone):
             total = self._sum(mx.array(words))
             if not mine:
                 window[:] = np.array(total, copy=False).view(np.uint8)[: window.size]
-        return result
+        return result.reshape(shape)
 
     def share(
         self,

@@ -39,7 +39,7 @@ _LOSS_CHUNK = 256
 _LOSS_STEP = 32
 """A chunk's length is a multiple of this, so that few different kernels' shapes occur."""
 _DENSE = 0.9
-"""From this share of counted targets on, all are computed and the others multiplied by zero: picking rows costs more."""
+"""From this share of counted targets on all are computed, the others times zero: picking rows out costs more."""
 
 Sharding = Literal["none", "zero1", "fsdp"]
 Compile = Literal["auto", "on", "off"]
@@ -114,11 +114,12 @@ class MlxTrainer:
         self._shapes = tensor_shapes(info) if self._lora is None else lora.adapter_shapes(info, self._lora)
         self._held_dtype = mx.float32 if self._lora is not None else self._dtype
         sizes = {name: math.prod(shape) * self._held_dtype.size for name, shape in self._shapes.items()}
-        owned = assign(sizes, self._group.ranks) if self._sharding == "zero1" else [list(self._shapes)]
-        self._owned = owned
-        self._rounds = rounds(owned, sizes)
-        self._mine = set(owned[self._group.rank if self._sharding == "zero1" else 0])
+        self._dealt = assign(sizes, self._group.ranks)
+        """The tensors' names by rank: what each owns with zero1, and the order of gradients' messages always."""
+        divided = self._sharding == "zero1"
+        self._mine = set(self._dealt[self._group.rank]) if divided else set(self._shapes)
         """Names of the tensors whose masters (or parts of them) this rank holds and updates."""
+        self._rounds = rounds(self._dealt, sizes)
         self._forward = self._build_forward(compiled=compile == "on" or (compile == "auto" and device.on_metal()))
         self._master: Weights = {}
         self._computed: Weights = {}
@@ -147,16 +148,14 @@ class MlxTrainer:
         )
 
     def _ring(self) -> RingGroup:
-        assert isinstance(self._group, RingGroup)  # noqa: S101 - several ranks are always one
+        assert isinstance(self._group, RingGroup)
         return self._group
 
     def _check_fsdp(self) -> None:
         if self._lora is not None or self._recipe.optimizer.name != "adamw":
-            what = (
-                "adapters are too small to divide" if self._lora else "its optimizer's state is not one number a weight"
-            )
             raise UsageError(
-                f"sharding fsdp goes with update full and the optimizer adamw in the MLX twin: {what}",
+                "in the MLX twin sharding fsdp goes with update full and the optimizer adamw only: "
+                "a row of their state belongs to a row of the weights",
                 fix="use sharding zero1",
             )
         check_fsdp(self._ring().mlx, self._shapes)
@@ -237,7 +236,7 @@ class MlxTrainer:
 
     def _inputs(self, batch: Batch) -> tuple[Inputs, int]:
         """The batch for Forward, and the number of chunks that its loss is computed in."""
-        rows, length = batch.tokens.shape
+        length = batch.tokens.shape[1]
         inputs = {"tokens": mx.array(batch.tokens.astype(np.int32))}
         several = bool((batch.segments[:, 1:] != batch.segments[:, :-1]).any())
         if several or self.lockstep:
@@ -300,8 +299,8 @@ class MlxTrainer:
             if name in self._mine:
                 self._gradients[name] = value
 
-        # Owner by owner: what is another rank's leaves no bucket alive.
-        for names in self._owned:
+        # Owner by owner, so that a bucket holds nothing but what its owner keeps.
+        for names in self._dealt:
             self._group.sum_up({name: given.pop(name) for name in self._shapes if name in set(names)}, keep)
         return math.sqrt(sum(squares.values()))
 
@@ -352,9 +351,9 @@ class MlxTrainer:
 
     def share_state(self, updates: int) -> None:
         state, self._brought = self._brought, None
-        if state is None and self._group.ranks == 1:
-            return
-        if state is None:
+        if not self._group.exchange([float(state is not None)])[0, 0]:
+            if self._group.ranks == 1:
+                return
             state = self.export_state()
         self.adopt(None if state is None else {name: state.weights[name] for name in self._shapes})
         moments = {
@@ -425,10 +424,13 @@ class MlxTrainer:
 
 
 def _squares(arrays: Weights) -> float:
-    """The sum of all squares: float32 within a tensor, float64 over tensors."""
-    parts = [mx.sum(mx.square(value)) for value in arrays.values()]
-    mx.eval(parts)
-    return sum(float(np.array(part)) for part in parts)
+    """The sum of all squares: float32 along the last axis, float64 over the rest.
+
+    MLX's CPU adds millions of float32 numbers one after the other: with 2^24 of a size the sum stands still.
+    """
+    rows = [mx.sum(mx.square(value), axis=-1) for value in arrays.values()]
+    mx.eval(rows)
+    return float(sum(np.array(row).sum(dtype=np.float64) for row in rows))
 
 
 def _digest(weights: Mapping[str, mx.array]) -> bytes:
