@@ -50,6 +50,9 @@ class RankReporter:
     def progress(self, done: int, total: int, note: str) -> None:
         """The supervisor derives progress from the metrics."""
 
+    def alive(self) -> None:
+        self._writer.write(reports.Alive())
+
     def at(self, step: int, *, waiting: bool) -> None:
         self._writer.write(reports.At(step=step, waiting=waiting))
 

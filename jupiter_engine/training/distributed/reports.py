@@ -47,6 +47,10 @@ class At(Report, frozen=True, kw_only=True, tag="at"):
     waiting: bool
 
 
+class Alive(Report, frozen=True, kw_only=True, tag="alive"):
+    """Rank 0 of an island waits for the hub and is well."""
+
+
 class Step(Report, frozen=True, kw_only=True, tag="step"):
     metric: Metric
 
@@ -79,7 +83,7 @@ class Crashed(Report, frozen=True, kw_only=True, tag="crashed"):
     text: str
 
 
-AnyReport = Ready | Begun | At | Step | Said | Done | HaltedHere | Failed | Crashed
+AnyReport = Ready | Begun | At | Alive | Step | Said | Done | HaltedHere | Failed | Crashed
 
 _decoder = msgspec.json.Decoder(AnyReport)
 

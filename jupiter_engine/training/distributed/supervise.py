@@ -318,6 +318,9 @@ class Supervisor:
                     self._quiet(launch)
             case reports.At():
                 launch.progress.places[rank] = (report.step, report.waiting)
+            case reports.Alive():
+                # It waits for its hub: nobody stands still.
+                launch.progress.moved_at = time.monotonic()
             case reports.Begun():
                 launch.last_step = report.step
                 for host in launch.hosts:

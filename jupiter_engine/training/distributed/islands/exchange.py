@@ -52,6 +52,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     tokens_total: int
     leases: dict[str, PlannedLease]
     """By island; one that is not named waits."""
+    refused: dict[str, int] = {}
+    """Island -> highest attempt of this round that could not be taken; it may be offered again."""
 
 
 class Up(msgspec.Struct, frozen=True, kw_only=True):
