@@ -9,7 +9,6 @@ reading it back is left to the library.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from jupiter_engine.errors import StateError
-from jupiter_engine.files import sha256_file
+from jupiter_engine.files import sha256_file, sync_file
 
 Array = npt.NDArray[Any]
 
@@ -81,7 +80,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> FileRecord:
                 done = 0
                 while done < len(view):
                     done += file.write(view[done : done + _BLOCK_BYTES])
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
         return FileRecord(sha256=hashed.result(), bytes=sum(len(view) for view in views))
 
 

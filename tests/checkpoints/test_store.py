@@ -141,8 +141,8 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path, field: str, words: st
 def test_a_format_of_the_future_is_refused_not_discarded(tmp_path: Path) -> None:
     opened(tmp_path).write(checkpoint(5))
     path = tmp_path / "step-00000005" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
-    with pytest.raises(StateError, match="checkpoint format 2"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 3}))
+    with pytest.raises(StateError, match="checkpoint format 3"):
         newest(tmp_path)
     assert opened(tmp_path).steps() == [5]
 
