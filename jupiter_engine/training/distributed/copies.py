@@ -23,7 +23,8 @@ _LIMIT_S = 3600.0
 # checkpoints.store when a training begins there.
 _RECEIVE = """
 set -e
-mkdir -p "$1" && cd "$1"
+mkdir -p "$1"
+cd "$1"
 rm -rf .step-*.partial
 mkdir ".$2.partial"
 tar xf - -C ".$2.partial"

@@ -1,0 +1,130 @@
+"""The hub's state on a second machine: taken over with everything merged, never by something older or damaged."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+
+from jupiter_engine.training.distributed.islands.copies import HubCopies, adopt, state_folder
+from jupiter_engine.training.distributed.islands.ledger import Ledger, RoundFiles
+from jupiter_engine.training.distributed.islands.payload import of_arrays, shapes_of, write_payload
+from jupiter_engine.training.distributed.islands.starting import Machine
+
+HERE = Machine("here")
+
+
+def hub(folder: Path, *, fences: int = 1) -> Ledger:
+    """A run folder in whose ledger round 1 is open, after so many changes of the lead."""
+    folder.mkdir(parents=True)
+    ledger = Ledger(folder / "rounds.db")
+    ledger.create("run", [7] * 12)
+    fence = 0
+    for number in range(fences):
+        fence = ledger.take_lead(f"hub {number}", 60.0, lambda _: True)
+    state = folder / "state" / f"1.{fence}"
+    state.mkdir(parents=True)
+    arrays = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    theta, base = (
+        write_payload(state / f"{name}.safetensors", shapes_of(arrays), "float32", of_arrays(arrays))
+        for name in ("theta", "base")
+    )
+    ledger.begin(fence, RoundFiles(theta=theta, momentum=None, base=base))
+    return ledger
+
+
+def copied(folder: Path, there: Path, number: int = 1) -> HubCopies:
+    copies = HubCopies(folder, HERE, str(there))
+    copies.look(number)
+    assert copies.wait(30.0)
+    return copies
+
+
+def test_a_copy_is_taken_over_with_a_fence_that_no_earlier_hub_had(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    ledger = hub(first, fences=3)
+    copies = copied(first, second)
+    assert (copies.copied, copies.problem) == (1, "")
+    assert not (first / ".copy").exists()
+    # The ledger that was copied goes on undisturbed.
+    assert ledger.lend(3, 1, "macs", 4) is not None
+    assert "round 1" in adopt(second)
+    taken = Ledger(second / "rounds.db")
+    current, before = taken.current(), ledger.current()
+    assert current == before
+    assert current is not None
+    theta = second / state_folder(current) / "theta.safetensors"
+    assert theta.read_bytes() == (first / state_folder(current) / "theta.safetensors").read_bytes()
+    # At once, although the lease of the first hub still runs there.
+    assert taken.take_lead("second", 60.0) > 1000
+    assert taken.totals().free == 12
+    # What is the state now is not taken over once more.
+    assert adopt(second) == ""
+    taken.close()
+    ledger.close()
+
+
+def test_a_hub_that_is_further_keeps_its_own_state(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    hub(first, fences=1).close()
+    hub(second, fences=2).close()
+    copied(first, second)
+    assert (second / "copies").is_dir()
+    assert adopt(second) == ""
+    copied(second, first)
+    assert adopt(first) != ""
+
+
+def test_damaged_copies_are_passed_over(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    hub(first).close()
+    copied(first, second)
+    (copy,) = (second / "copies").iterdir()
+    theta = copy / "state" / "1.1" / "theta.safetensors"
+    whole = theta.read_bytes()
+    theta.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert adopt(second) == ""
+    theta.unlink()
+    assert adopt(second) == ""
+    theta.write_bytes(whole)
+    database = (copy / "rounds.db").read_bytes()
+    (copy / "rounds.db").write_bytes(b"no database" * 100)
+    assert adopt(second) == ""
+    (copy / "rounds.db").write_bytes(database)
+    assert adopt(second) != ""
+
+
+def test_a_copy_that_cannot_be_made_says_why_and_leaves_the_former_one(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    hub(first).close()
+    copied(first, second)
+    shutil.rmtree(first / "state")
+    with sqlite3.connect(first / "rounds.db") as database:
+        database.execute("UPDATE lead SET fence = 2")
+    broken = copied(first, second)
+    assert broken.copied == 0
+    assert "state/1.1" in broken.problem
+    (left,) = (path for path in (second / "copies").iterdir() if not path.name.startswith("."))
+    assert left.name == "00000001.00000001"
+    assert adopt(second) != ""
+    second.joinpath("file").write_text("")
+    blocked = copied(first, second / "file")
+    assert blocked.problem != ""
+
+
+def test_one_copy_stays_and_a_round_is_copied_once(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    ledger = hub(first)
+    copies = copied(first, second)
+    (copy,) = (second / "copies").iterdir()
+    before = copy.stat().st_mtime_ns
+    copies.look(1)
+    assert copies.wait(30.0)
+    assert copy.stat().st_mtime_ns == before
+    ledger.take_lead("next", 60.0, lambda _: True)
+    copied(first, second)
+    (copy,) = (second / "copies").iterdir()
+    assert copy.name == "00000002.00000001"
+    ledger.close()
