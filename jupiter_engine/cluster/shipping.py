@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from jupiter_engine.errors import StateError
-from jupiter_engine.protocol.orders import AnyOrder, EvaluateOrder, GenerateOrder, ModelRef, TrainOrder
+from jupiter_engine.protocol.orders import AnyOrder, CalibrateOrder, EvaluateOrder, GenerateOrder, ModelRef, TrainOrder
 from jupiter_engine.protocol.specs import LaunchSpec, Twin
 
 
@@ -89,6 +89,8 @@ def ship(order: AnyOrder, *, home: Path, run_folder: Path, twin: Twin, launch: L
                 target=rewriter.there(order.target),
             )
             outputs.append((rewriter.place(order.target), Path(order.target)))
+        case CalibrateOrder():
+            there = msgspec.structs.replace(order, launch=msgspec.structs.replace(order.launch, twin=twin))
         case _:
             raise StateError(f"the {type(order).__struct_config__.tag} stage runs where the workspace lies")
     return Shipment(order=there, inputs=tuple(rewriter.inputs.items()), outputs=tuple(outputs))

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from jupiter_engine.protocol.shapes import Shape
 from jupiter_engine.protocol.specs import (
     ChunkSpec,
     EvaluationSpec,
@@ -15,6 +16,7 @@ from jupiter_engine.protocol.specs import (
     LaunchSpec,
     MixSpec,
     Name,
+    Positive,
     Recipe,
     RoundSpec,
     SourceSpec,
@@ -146,8 +148,27 @@ class GateOrder(Order, frozen=True, kw_only=True, tag="gate"):
     seed: int = 0
 
 
+class CalibrateOrder(Order, frozen=True, kw_only=True, tag="calibrate"):
+    """Train random weights on random rows for a while and report how fast that was and what it took."""
+
+    shape: Shape
+    recipe: Recipe
+    launch: LaunchSpec
+    """One rank; `twin`, `threads_per_rank` and `compile` count."""
+    seconds: Positive = 60.0
+    """Of training, after the first step."""
+
+
 AnyOrder = (
-    PrepareOrder | CollectOrder | GenerateOrder | FilterOrder | QueueOrder | TrainOrder | EvaluateOrder | GateOrder
+    PrepareOrder
+    | CollectOrder
+    | GenerateOrder
+    | FilterOrder
+    | QueueOrder
+    | TrainOrder
+    | EvaluateOrder
+    | GateOrder
+    | CalibrateOrder
 )
 
 decoder = msgspec.json.Decoder(AnyOrder)

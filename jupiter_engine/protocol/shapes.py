@@ -5,6 +5,9 @@ No tensor library: the control wing shows these tables before any worker is star
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import msgspec
 
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -207,3 +210,38 @@ def flops_per_token(shape: Shape, sequence_tokens: int) -> float:
         matrices -= shape.vocab_size * shape.hidden_size
     attention = 2.0 * shape.layers * shape.heads * shape.head_dim * sequence_tokens
     return 2.0 * matrices + attention
+
+
+# -- shapes of model folders ---------------------------------------------------------------------------
+SMOLLM2_135M = Shape(
+    vocab_size=49152,
+    hidden_size=576,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    intermediate_size=1536,
+    context=8192,
+    head_dim=64,
+    rope_theta=100000.0,
+)
+"""The base model of `base: smollm2`."""
+
+
+def shape_of_config(config: Mapping[str, Any]) -> Shape:
+    """The shape that a Hugging Face Llama's config.json describes. KeyError or ValueError where it describes none.
+
+    Only numbers are read; whether the folder's tensors agree is for whoever opens them.
+    """
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // max(1, heads)
+    return Shape(
+        vocab_size=int(config["vocab_size"]),
+        hidden_size=hidden,
+        layers=int(config["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=int(kv_heads),
+        intermediate_size=int(config["intermediate_size"]),
+        context=int(config.get("max_position_embeddings") or 2048),
+        head_dim=int(head_dim),
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
