@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from jupiter_engine.checkpoints import rope
+from jupiter_engine.checkpoints.special_tokens import REDO, SpecialIds, check, load_json
 from jupiter_engine.errors import ModelInvalid
 from jupiter_engine.files import disk_full, sync_folder, write_atomic
 from jupiter_engine.protocol.shapes import Shape, parameter_count, tensor_shapes
@@ -24,8 +25,7 @@ from jupiter_engine.protocol.shapes import Shape, parameter_count, tensor_shapes
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _HEADER_LIMIT = 100_000_000
-_REDO = "copy the folder again from where it came from, or prepare the model anew"
-_SUPPORTED = "use a Llama-architecture model (model_type llama) in Hugging Face layout, unquantised"
+_SUPPORTED = "use a Llama-architecture model (model_type llama or mistral) in Hugging Face layout, unquantised"
 
 
 class ModelInfo(Shape, frozen=True, kw_only=True):
@@ -71,8 +71,10 @@ def verify(folder: Path) -> ModelInfo:
     """Check that a folder holds a whole, consistent Llama model and return what it is.
 
     Raises ModelInvalid naming every missing, misshapen or unexpected tensor, a
-    truncated weight file, an unreadable JSON file, a tokenizer with more ids
-    than the embedding has rows, or an architecture that the twins do not have.
+    truncated weight file, an unreadable JSON file, a tokenizer that does not fit
+    the embedding or names other special tokens than config.json, or an
+    architecture that the twins do not have. Special ids that config.json leaves
+    open are the tokenizer's.
     """
     if not folder.is_dir():
         raise ModelInvalid(f"{folder} is no folder", fix="check the path, or prepare the model first")
@@ -91,14 +93,14 @@ def verify(folder: Path) -> ModelInfo:
     ]
     faults += [f"{name} is unexpected" for name in headers if name not in expected and name not in ignored]
     if faults:
-        raise ModelInvalid(f"{folder}: {_listed(faults)}", fix=_REDO)
+        raise ModelInvalid(f"{folder}: {_listed(faults)}", fix=REDO)
     dtypes = {headers[name].dtype for name in expected}
     foreign = sorted(dtypes - _DTYPES.keys())
     if foreign:
         raise ModelInvalid(f"{folder}: tensors are stored as {', '.join(foreign)}", fix=_SUPPORTED)
-    _check_tokenizer(folder, info)
+    special = check(folder, SpecialIds(bos=info.bos_id, eos=info.eos_ids, pad=info.pad_id), info.vocab_size)
     stored = _DTYPES[headers["model.embed_tokens.weight"].dtype]
-    return msgspec.structs.replace(info, dtype=stored)
+    return msgspec.structs.replace(info, dtype=stored, bos_id=special.bos, eos_ids=special.eos, pad_id=special.pad)
 
 
 def config_values(info: ModelInfo) -> dict[str, Any]:
@@ -207,62 +209,86 @@ class _Tensor(msgspec.Struct, frozen=True):
 
 def _read_config(folder: Path) -> ModelInfo:
     path = folder / "config.json"
-    values = _load_json(path)
+    values = load_json(path)
     kind = values.get("model_type")
     if kind not in ("llama", "mistral"):
         raise ModelInvalid(f"{path}: model_type is {kind!r}, Jupiter runs 'llama'", fix=_SUPPORTED)
     refused = {
-        "a sliding attention window": kind == "mistral" and values.get("sliding_window") is not None,
         "attention biases": bool(values.get("attention_bias")),
         "MLP biases": bool(values.get("mlp_bias")),
         "quantised weights": "quantization" in values or "quantization_config" in values,
-        f"the activation {values.get('hidden_act')!r}": values.get("hidden_act", "silu") != "silu",
+        f"the activation {values.get('hidden_act')!r}": values.get("hidden_act", "silu") not in ("silu", "swish"),
+        "the interleaved RoPE layout": bool(values.get("rope_traditional")),
     }
     for what, present in refused.items():
         if present:
             raise ModelInvalid(f"{path}: the model has {what}, which Jupiter does not run", fix=_SUPPORTED)
     try:
-        return _info_of(values)
+        info = _info_of(values)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ModelInvalid(f"{path}: {what}", fix=_REDO) from error
+        raise ModelInvalid(f"{path}: {what}", fix=REDO) from error
+    _check_window(path, values, info)
+    return info
+
+
+def _check_window(path: Path, values: dict[str, Any], info: ModelInfo) -> None:
+    """A sliding window as long as the context changes nothing; a shorter one is not computed here."""
+    sliding = values["model_type"] == "mistral" or "sliding_attention" in (values.get("layer_types") or ())
+    # A Mistral config.json without the key means 4096 to transformers; null means none.
+    window = values.get("sliding_window", 4096) if sliding else None
+    if window is not None and int(window) < info.context:
+        raise ModelInvalid(
+            f"{path}: the model has a sliding attention window of {window} tokens and a context of {info.context}; "
+            "Jupiter runs full attention only",
+            fix=f"set max_position_embeddings to {window} in a copy of its config.json: up to there both are the same",
+        )
 
 
 def _info_of(values: dict[str, Any]) -> ModelInfo:
     heads = int(values["num_attention_heads"])
     hidden = int(values["hidden_size"])
     kv_heads = int(values.get("num_key_value_heads") or heads)
-    if min(heads, hidden, kv_heads, int(values["vocab_size"]), int(values["num_hidden_layers"])) < 1:
+    layers, vocab, intermediate = (int(values[key]) for key in ("num_hidden_layers", "vocab_size", "intermediate_size"))
+    if min(heads, hidden, kv_heads, vocab, layers, intermediate) < 1:
         raise ValueError("a size is smaller than 1")
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    if values.get("head_dim") is None and hidden % heads:
+        raise ValueError(
+            f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and no head_dim is given"
+        )
+    head_dim = int(values.get("head_dim") or hidden // heads)
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; rotary embedding needs an even one")
     theta, scaling = rope.read(values)
+    bos, pad = _ids(values.get("bos_token_id")), _ids(values.get("pad_token_id"))
     return ModelInfo(
-        vocab_size=int(values["vocab_size"]),
+        vocab_size=vocab,
         hidden_size=hidden,
-        layers=int(values["num_hidden_layers"]),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=int(values.get("head_dim") or hidden // heads),
-        intermediate_size=int(values["intermediate_size"]),
+        head_dim=head_dim,
+        intermediate_size=intermediate,
         context=int(values.get("max_position_embeddings", 2048)),
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         tied=bool(values.get("tie_word_embeddings", False)),
-        bos_id=_ids(values.get("bos_token_id"))[0] if _ids(values.get("bos_token_id")) else None,
+        bos_id=bos[0] if bos else None,
         eos_ids=_ids(values.get("eos_token_id")),
-        pad_id=_ids(values.get("pad_token_id"))[0] if _ids(values.get("pad_token_id")) else None,
+        # Llama's first releases wrote -1 for "no padding".
+        pad_id=pad[0] if pad and pad != (-1,) else None,
     )
 
 
 def _ids(value: object) -> tuple[int, ...]:
     if value is None:
         return ()
-    if isinstance(value, int):
-        return (value,)
-    if isinstance(value, list) and all(isinstance(one, int) for one in value):
-        return tuple(value)
+    listed = value if isinstance(value, list) else [value]
+    if all(isinstance(one, int) and not isinstance(one, bool) for one in listed):
+        return tuple(listed)
     raise ValueError(f"{value!r} is no token id")
 
 
@@ -272,14 +298,14 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if not index.exists():
-        raise ModelInvalid(f"{folder} holds no model.safetensors", fix=_REDO)
-    weight_map = _load_json(index).get("weight_map")
+        raise ModelInvalid(f"{folder} holds no model.safetensors", fix=REDO)
+    weight_map = load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelInvalid(f"{index} holds no weight_map", fix=_REDO)
+        raise ModelInvalid(f"{index} holds no weight_map", fix=REDO)
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not (folder / name).exists():
-            raise ModelInvalid(f"{index} names {name}, which is not in the folder", fix=_REDO)
+            raise ModelInvalid(f"{index} names {name}, which is not in the folder", fix=REDO)
     return [folder / name for name in names]
 
 
@@ -296,48 +322,18 @@ def _read_header(path: Path) -> dict[str, _Tensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise ModelInvalid(f"{path} is truncated or no safetensors file", fix=_REDO)
+            raise ModelInvalid(f"{path} is truncated or no safetensors file", fix=REDO)
         raw = file.read(length)
     try:
         values = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
         values.pop("__metadata__", None)
         tensors = {name: msgspec.json.decode(value, type=_Tensor) for name, value in values.items()}
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ModelInvalid(f"{path}: its header cannot be read ({error})", fix=_REDO) from error
+        raise ModelInvalid(f"{path}: its header cannot be read ({error})", fix=REDO) from error
     end = max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if size != 8 + length + end:
-        raise ModelInvalid(f"{path} has {size} bytes, its header asks for {8 + length + end}", fix=_REDO)
+        raise ModelInvalid(f"{path} has {size} bytes, its header asks for {8 + length + end}", fix=REDO)
     return tensors
-
-
-def _check_tokenizer(folder: Path, info: ModelInfo) -> None:
-    path = folder / "tokenizer.json"
-    values = _load_json(path)
-    try:
-        ids = list(values["model"]["vocab"].values())
-        ids += [token["id"] for token in values.get("added_tokens") or []]
-        largest = max(ids)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ModelInvalid(f"{path} holds no vocabulary of a known form", fix=_REDO) from error
-    if largest >= info.vocab_size:
-        raise ModelInvalid(
-            f"{path} uses token ids up to {largest}, the embedding has {info.vocab_size} rows",
-            fix="use the tokenizer that belongs to the model",
-        )
-    for name, one in (("bos", info.bos_id), ("pad", info.pad_id), *(("eos", eos) for eos in info.eos_ids)):
-        if one is not None and not -1 <= one < info.vocab_size:
-            raise ModelInvalid(f"{folder}/config.json: {name}_token_id {one} is outside the vocabulary", fix=_REDO)
-    if (folder / "tokenizer_config.json").exists():
-        _load_json(folder / "tokenizer_config.json")
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except FileNotFoundError:
-        raise ModelInvalid(f"{path} is missing", fix=_REDO) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ModelInvalid(f"{path} cannot be read: {error}", fix=_REDO) from error
 
 
 def _json(values: object) -> bytes:

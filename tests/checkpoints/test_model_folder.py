@@ -103,6 +103,13 @@ def test_a_second_copy_of_a_tied_projection_is_accepted(tmp_path: Path) -> None:
     assert verify(folder).tied
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 50000.0, "factor": 2.0, "original_max_position_embeddings": 16}
+
+
+def settings(folder: Path, **values: object) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda f: f.rename(f.with_name("gone")), "is no folder"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
@@ -110,14 +117,62 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "config a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json cannot be read"),
     "no layers key": (lambda f: edit_config(f, num_hidden_layers="DROP"), "num_hidden_layers"),
     "other architecture": (lambda f: edit_config(f, model_type="qwen2"), "qwen2"),
-    "sliding window": (lambda f: edit_config(f, model_type="mistral", sliding_window=4096), "sliding"),
+    "sliding window": (lambda f: edit_config(f, model_type="mistral", sliding_window=16), "window of 16 tokens"),
+    "sliding layers": (
+        lambda f: edit_config(f, layer_types=["full_attention", "sliding_attention"], sliding_window=16),
+        "window of 16 tokens",
+    ),
+    "long mistral of old": (
+        lambda f: edit_config(f, model_type="mistral", max_position_embeddings=8192),
+        "window of 4096 tokens and a context of 8192",
+    ),
+    "MLP bias": (lambda f: edit_config(f, mlp_bias=True), "MLP biases"),
+    "interleaved rope": (lambda f: edit_config(f, rope_traditional=True), "interleaved"),
+    "odd head": (lambda f: edit_config(f, head_dim=3), "needs an even one"),
+    "no head_dim": (lambda f: edit_config(f, head_dim=None, num_attention_heads=3, num_key_value_heads=3), "multiple"),
     "bias": (lambda f: edit_config(f, attention_bias=True), "attention biases"),
     "quantised": (lambda f: edit_config(f, quantization={"bits": 4}), "quantised"),
     "activation": (lambda f: edit_config(f, hidden_act="gelu"), "gelu"),
     "two thetas": (lambda f: edit_config(f, rope_theta=10000.0), "two values of rope_theta"),
-    "yarn": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 50000.0}), "yarn"),
+    "rope without its factor": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn"}), "factor"),
+    "dynamic rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "'dynamic'"),
+    "longrope": (lambda f: edit_config(f, rope_scaling={"type": "longrope", "factor": 2.0}), "'longrope'"),
+    "two scalings": (
+        lambda f: edit_config(f, rope_scaling={"type": "linear", "factor": 2.0}),
+        "different RoPE scalings",
+    ),
+    "two kinds": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "linear", "type": "default", "factor": 2.0}),
+        "name different scalings",
+    ),
+    "partial rope": (lambda f: edit_config(f, partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    "own attention factor": (
+        lambda f: edit_config(f, rope_parameters={**YARN, "attention_factor": 2.0}),
+        "attention_factor",
+    ),
+    "mscale": (lambda f: edit_config(f, rope_parameters={**YARN, "mscale_all_dim": 1.0}), "mscale_all_dim"),
+    "theta": (lambda f: edit_config(f, rope_parameters={}, rope_theta=0.5), "larger than 1"),
     "heads": (lambda f: edit_config(f, num_attention_heads=3, num_key_value_heads=2), "no multiple"),
     "zero": (lambda f: edit_config(f, num_attention_heads=0), "smaller than 1"),
+    "negative id": (
+        lambda f: (f / "tokenizer.json").write_text('{"model": {"vocab": {"a": -1, "b": 0}}}'),
+        "the token id -1",
+    ),
+    "bos outside": (lambda f: edit_config(f, bos_token_id=20), "bos_token_id 20"),
+    "pad outside": (lambda f: edit_config(f, pad_token_id=99), "pad_token_id 99"),
+    "id no number": (lambda f: edit_config(f, eos_token_id=True), "no token id"),
+    "other bos": (lambda f: settings(f, bos_token="t3"), "has the id 3, config.json says bos_token_id 1"),
+    "other eos": (lambda f: settings(f, eos_token={"content": "t4"}), "has the id 4, config.json says eos_token_id 2"),
+    "unknown special token": (lambda f: settings(f, pad_token="<pad>"), "tokenizer.json does not hold"),
+    "added token beyond": (
+        lambda f: settings(f, added_tokens_decoder={"20": {"content": "<tool>"}}),
+        "'<tool>' has the id 20",
+    ),
+    "added token beyond, older file": (
+        lambda f: (f / "added_tokens.json").write_text('{"<tool>": 21}'),
+        "'<tool>' has the id 21",
+    ),
+    "added tokens odd": (lambda f: settings(f, added_tokens_decoder={"x": {}}), "added tokens"),
     "eos outside": (lambda f: edit_config(f, eos_token_id=20), "eos_token_id 20"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no model\.safetensors"),
     "cut weights": (lambda f: cut(f / "model.safetensors", -1), "its header asks for"),
@@ -142,6 +197,81 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     act(folder)
     with pytest.raises(ModelInvalid, match=words):
         verify(folder)
+
+
+def test_what_config_json_leaves_open_is_the_tokenizers(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    edit_config(folder, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    settings(folder, bos_token="t1", eos_token="t5", pad_token="t0")
+    info = verify(folder)
+    assert (info.bos_id, info.eos_ids, info.pad_id) == (1, (5,), 0)
+
+
+def test_one_of_several_eos_ids_and_another_pad_are_no_contradiction(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    edit_config(folder, eos_token_id=[2, 7], pad_token_id=-1)
+    settings(folder, eos_token="t7", pad_token="t2")
+    info = verify(folder)
+    assert (info.eos_ids, info.pad_id) == ((2, 7), 2)
+
+
+@pytest.mark.parametrize("window", [None, 32, 4096])
+def test_a_window_that_covers_the_context_is_accepted(tmp_path: Path, window: int | None) -> None:
+    folder = write_model(tmp_path / "m")
+    edit_config(folder, model_type="mistral", sliding_window=window)
+    assert verify(folder) == INFO
+
+
+def test_a_unigram_vocabulary_is_read(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    vocab = [[f"t{one}", -1.0] for one in range(20)]
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+    assert verify(folder) == INFO
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [*vocab, ["t20", -1.0]]}}))
+    assert "ids up to 20" in refused(folder).detail
+
+
+ROPES: dict[str, tuple[dict[str, object], dict[str, float | str] | None]] = {
+    "old, plain": ({"rope_theta": 7.0, "rope_scaling": None}, None),
+    "old, linear": (
+        {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2}},
+        {"rope_type": "linear", "factor": 2.0},
+    ),
+    "both, equal": (
+        {
+            "rope_theta": 7.0,
+            "rope_scaling": {"type": "linear", "factor": 2},
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0},
+        },
+        {"rope_type": "linear", "factor": 2.0},
+    ),
+    "new, yarn": (
+        {"rope_parameters": {**YARN, "rope_theta": 7.0, "attention_factor": 1.0693147180559945, "truncate": True}},
+        {
+            "rope_type": "yarn",
+            "factor": 2.0,
+            "original_max_position_embeddings": 16.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ROPES)
+def test_rope_is_read_from_either_form_and_written_in_both(tmp_path: Path, form: str) -> None:
+    keys, scaling = ROPES[form]
+    folder = write_model(tmp_path / "m")
+    edit_config(folder, **{"rope_theta": "DROP", "rope_parameters": "DROP", "rope_scaling": "DROP", **keys})
+    info = verify(folder)
+    assert (info.rope_theta, info.rope_scaling) == (7.0, scaling)
+    write_config(folder, info)
+    written = json.loads((folder / "config.json").read_text())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 7.0
+    assert written.get("rope_scaling", {"rope_type": "default"}) == {
+        key: value for key, value in written["rope_parameters"].items() if key != "rope_theta"
+    }
+    assert verify(folder) == info
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:

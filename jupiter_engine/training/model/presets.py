@@ -35,7 +35,8 @@ def write_scratch(target: Path, *, preset: str, tokenizer: Path, seed: int, dtyp
     codec = TextCodec(tokenizer)
     shape = preset_shape(preset, vocab_size=codec.vocab_size)
     fields = {name: getattr(shape, name) for name in Shape.__struct_fields__}
-    info = ModelInfo(**fields, dtype=dtype, bos_id=codec.bos_id, eos_ids=codec.eos_ids, pad_id=codec.eos_ids[0])
+    pad = codec.eos_ids[0] if codec.pad_id is None else codec.pad_id
+    info = ModelInfo(**fields, dtype=dtype, bos_id=codec.bos_id, eos_ids=codec.eos_ids, pad_id=pad)
     write_random(target, info, tokenizer=tokenizer, seed=seed)
     return info
 

@@ -43,6 +43,7 @@ class TextCodec:
         settings = _optional_json(folder / "tokenizer_config.json")
         self.bos_id = self._id_of(settings.get("bos_token"), config.get("bos_token_id"))
         self.eos_ids = self._eos_ids(config, settings)
+        self.pad_id = self._id_of(settings.get("pad_token"), config.get("pad_token_id"))
         self._settings = settings
         self._template = self._chat_template(settings)
         self._special = sorted(
