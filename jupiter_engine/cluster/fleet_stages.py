@@ -87,24 +87,33 @@ class FleetStages:
         return str(PurePosixPath(runner.workdir) / "workspaces" / workspace_id(self.home))
 
     async def successor(self, others: Sequence[str], run: str) -> Successor | None:
-        """Which of a group's other machines should lead instead: the one with the newest copy of a checkpoint. None
-        as long as one of them still hears of the leading machine, or none answers."""
+        """Which of a group's other machines should lead instead, or which island's machine should merge: the one with
+        the newest copy of a checkpoint, or of the hub's state. None as long as one of them still hears of the leading
+        machine, or none answers."""
         found: list[Successor] = []
         for name in others:
             try:
                 runner, _ = await self.runner(name)
-                folder = PurePosixPath(self.workspace_on(runner, local=self._is_local(name))) / "runs" / run
-                # The leading machine touches the leases every few seconds as long as it leads.
-                leases = await runner.connection.run(
-                    ("find", str(folder / "ranks"), "-path", "*/node/lease", "-mmin", "-1")
-                )
-                listed = await runner.connection.run(("ls", str(folder / "checkpoints")))
+                runs = PurePosixPath(self.workspace_on(runner, local=self._is_local(name))) / "runs"
+                # The leading machine touches the leases every few seconds as long as it leads: of a group's ranks in
+                # its own run folder, of an island's worker in the island's.
+                heard = [
+                    await runner.connection.run(
+                        ("find", str(runs / run / "ranks"), "-path", "*/node/lease", "-mmin", "-1")
+                    ),
+                    await runner.connection.run(
+                        ("find", str(runs), "-maxdepth", "3", "-path", f"*/{run}.*/node/lease", "-mmin", "-1")
+                    ),
+                ]
+                listed = [
+                    await runner.connection.run(("ls", str(runs / run / one))) for one in ("checkpoints", "copies")
+                ]
             except RemoteError:
                 continue
-            if leases.stdout.strip():
+            if any(one.stdout.strip() for one in heard):
                 return None
-            steps = re.findall(r"^step-(\d{8})$", listed.stdout.decode("utf-8", "replace"), re.MULTILINE)
-            found.append(Successor(name=name, step=max(map(int, steps), default=-1)))
+            names = "\n".join(one.stdout.decode("utf-8", "replace") for one in listed)
+            found.append(Successor(name=name, step=_newest(names)))
         return max(found, key=lambda one: one.step, default=None)
 
     def _is_local(self, name: str) -> bool:
@@ -123,6 +132,14 @@ class FleetStages:
         fleet, self._fleet = self._fleet, None
         if fleet is not None:
             await fleet.close()
+
+
+def _newest(names: str) -> int:
+    """How far the newest of the listed copies is: a checkpoint by its step, a hub's state by fence and round; -1: there
+    is none."""
+    steps = [int(step) for step in re.findall(r"^step-(\d{8})$", names, re.MULTILINE)]
+    steps += [int(f"{fence}{number}") for fence, number in re.findall(r"^(\d{8})\.(\d{8})$", names, re.MULTILINE)]
+    return max(steps, default=-1)
 
 
 async def stop_run(runner: NodeRunner, run: str, command_id: str) -> None:
@@ -224,7 +241,11 @@ class _Preparation:
         await self._clear_copies(site)
 
     async def _clear_copies(self, leader: Site) -> None:
-        """Copies of checkpoints on the group's other machines are of no use once the model is home."""
+        """Copies of checkpoints on the group's other machines are of no use once the model is home, nor are what hub
+        and islands have exchanged."""
+        if self._placement.islands:
+            await self._clear_islands()
+            return
         for node in self._placement.nodes:
             if node.title() == leader.name:
                 continue
@@ -233,6 +254,20 @@ class _Preparation:
                 runner, _ = await self._stages.runner(node.title())
                 run = self._stages.workspace_on(runner, local=node.is_local()) + f"/runs/{self._folder.name}"
                 await runner.connection.run(["rm", "-rf", f"{run}/checkpoints"])
+
+    async def _clear_islands(self) -> None:
+        hub, name = self._placement.nodes[0].title(), self._folder.name
+        of = {node: island.name for island in self._placement.islands for node in island.names()}
+        for node in self._placement.nodes:
+            title = node.title()
+            big = [f"{name}/{one}" for one in ("copies", "state", "exchange") if title == hub or one == "copies"]
+            if title in of:
+                big += [f"{name}.{of[title]}/{one}" for one in ("checkpoints", "exchange")]
+            # As above: what stays costs only room.
+            with contextlib.suppress(RemoteError):
+                runner, _ = await self._stages.runner(title)
+                runs = self._stages.workspace_on(runner, local=node.is_local()) + "/runs"
+                await runner.connection.run(["rm", "-rf", *(f"{runs}/{one}" for one in big)])
 
     # -- machines --------------------------------------------------------------------------------
     async def _answering(self, say: Say) -> list[NodeSpec]:

@@ -305,6 +305,8 @@ def _had_checkpoint(folder: Path) -> bool:
         return True
     metrics = folder / "metrics.jsonl"
     steps = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    if read_placement(folder).islands:
+        return steps > 0  # each line is a round that was merged
     return not isinstance(order, TrainOrder) or steps >= order.recipe.checkpoint_every_steps
 
 
