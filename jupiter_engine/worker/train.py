@@ -19,6 +19,7 @@ import msgspec
 import psutil
 
 from jupiter_engine import __version__
+from jupiter_engine.backends.lora import initial_adapters
 from jupiter_engine.checkpoints.model_folder import (
     ModelInfo,
     copy_text_files,
@@ -27,17 +28,18 @@ from jupiter_engine.checkpoints.model_folder import (
     verify,
     write_config,
 )
+from jupiter_engine.checkpoints.state import TrainerState
 from jupiter_engine.checkpoints.store import Checkpoint, CheckpointStore, Identity, World
-from jupiter_engine.data.queue.snapshot import read_snapshot
+from jupiter_engine.data.queue.snapshot import Snapshot, read_snapshot
 from jupiter_engine.errors import ConfigError, ModelInvalid, NoUsableNode, StateError
 from jupiter_engine.files import read_json, require_free, sha256_file, write_json
 from jupiter_engine.planning.plan import TrainingPlan, plan_training
 from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.orders import TrainOrder
 from jupiter_engine.protocol.shapes import Shape, weight_bytes
-from jupiter_engine.training.distributed.hosts import ranks_asked_for
+from jupiter_engine.training.distributed.hosts import hosts_taking_part, micro_batch_sizes, ranks_asked_for
 from jupiter_engine.training.distributed.supervise import Supervisor
-from jupiter_engine.training.loop import Reporter, Training, TrainingData, recipe_sha256
+from jupiter_engine.training.loop import Outcome, Reporter, Training, TrainingData, recipe_sha256
 from jupiter_engine.training.model.presets import preset_shape, write_scratch
 from jupiter_engine.units import bytes_text
 from jupiter_engine.worker.context import Halt, RunContext
@@ -46,9 +48,7 @@ _SPARE_BYTES = 256 << 20
 
 
 class RunReporter(Reporter, Protocol):
-    """A loop's reporter that is also told where the run takes up."""
-
-    def begun(self, step: int) -> None: ...
+    """What a stage's training reports to."""
 
 
 class Trained(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +65,8 @@ class Job:
     folder: Path
     info: ModelInfo
     data: TrainingData
+    held_out: TrainingData | None
+    """Rows of held-out text, where the snapshot has some."""
     identity: Identity
     start_folder: Path
     """The start model; the published model's tokenizer files come from it."""
@@ -84,6 +86,9 @@ def run(context: RunContext, order: TrainOrder) -> None:
         # An attempt killed while it tidied up.
         shutil.rmtree(checkpoint_folder(context.folder), ignore_errors=True)
         context.finish(done)
+        return
+    if order.launch.islands:
+        importlib.import_module("jupiter_engine.worker.hub").run(context, order)
         return
     context.check_halt()
     job = check(order, context.folder)
@@ -117,6 +122,9 @@ class ContextReporter:
 
     def progress(self, done: int, total: int, note: str) -> None:
         self._context.progress(done, total, "steps", note)
+
+    def alive(self) -> None:
+        """An island of one rank that waits for its hub is this process: seen to be alive."""
 
     def at(self, step: int, *, waiting: bool) -> None:
         """One rank waits for nobody."""
@@ -188,7 +196,23 @@ def check(order: TrainOrder, folder: Path) -> Job:
         sha256=snapshot.sha256,
     )
     identity = Identity(recipe_sha256=recipe_sha256(recipe), snapshot_sha256=data.sha256, start_sha256=start_sha256)
-    return Job(order=order, folder=folder, info=info, data=data, identity=identity, start_folder=start_folder)
+    return Job(
+        order=order,
+        folder=folder,
+        info=info,
+        data=data,
+        held_out=_held_out(snapshot),
+        identity=identity,
+        start_folder=start_folder,
+    )
+
+
+def _held_out(snapshot: Snapshot) -> TrainingData | None:
+    """The snapshot's held-out rows, where it has some."""
+    rows = snapshot.held_out
+    if rows is None:
+        return None
+    return TrainingData(tokens=rows.tokens, loss_mask=rows.loss_mask, segments=rows.segments, sha256=snapshot.sha256)
 
 
 def _start(order: TrainOrder, run_folder: Path) -> tuple[ModelInfo, str, Path]:
@@ -274,6 +298,11 @@ def train_here(job: Job, reporter: RunReporter, *, joined: bool = False) -> Endi
     The result is None after a halt, and on ranks other than 0.
     """
     order, recipe = job.order, job.order.recipe
+    if order.island is not None:
+        ending: Ending = importlib.import_module("jupiter_engine.worker.island").train_island(
+            job, reporter, joined=joined
+        )
+        return ending
     threads = order.launch.threads_per_rank
     if threads:
         # Read by BLAS libraries when they are loaded; the twins' own setters come too late for MLX.
@@ -285,9 +314,12 @@ def train_here(job: Job, reporter: RunReporter, *, joined: bool = False) -> Endi
         raise StateError(f"{group.ranks} ranks were started, {wanted} were asked for")
     if group is not None and group.rank > 0:
         training = _training(job, reporter, twin, group, None, None)
-        training.run()
+        if not training.run().halted:
+            training.save(None)
         return Ending(result=None, leave=training.close)
-    store = CheckpointStore(checkpoint_folder(job.folder), keep=recipe.keep_checkpoints)
+    store = CheckpointStore(
+        checkpoint_folder(job.folder), keep=recipe.keep_checkpoints, keep_every=recipe.keep_every_steps
+    )
     checkpoint = store.newest(job.identity, lambda text: reporter.note(text, "warning"))
     training = _training(job, reporter, twin, group, store, checkpoint)
     del checkpoint  # gigabytes that the trainer has taken over
@@ -300,7 +332,15 @@ def train_here(job: Job, reporter: RunReporter, *, joined: bool = False) -> Endi
         write_config(folder, msgspec.structs.replace(job.info, dtype=recipe.compute_dtype))
         copy_text_files(job.start_folder, folder)
         verify(folder)
-    result = {
+    result = _result(order, outcome)
+    write_json(job.folder / "trained.json", Trained(result=result))
+    store.clear()
+    return Ending(result=result, leave=training.close)
+
+
+def _result(order: TrainOrder, outcome: Outcome) -> dict[str, Any]:
+    """What the stage reports of a run whose model is published."""
+    return {
         "model": {
             "name": Path(order.target).name,
             "folder": order.target,
@@ -311,10 +351,12 @@ def train_here(job: Job, reporter: RunReporter, *, joined: bool = False) -> Endi
         "first_loss": outcome.first_loss,
         "last_loss": outcome.last_loss,
         "tokens_per_s": outcome.tokens_per_s,
+        "best_step": outcome.best_step,
+        "held_out_loss": outcome.held_out_loss,
+        "stopped_early": outcome.stopped_early,
+        "skipped_batches": list(outcome.skipped_batches),
+        "rollbacks": outcome.rollbacks,
     }
-    write_json(job.folder / "trained.json", Trained(result=result))
-    store.clear()
-    return Ending(result=result, leave=training.close)
 
 
 def _training(
@@ -328,15 +370,43 @@ def _training(
     """Build this rank's part; on ranks other than 0 (`store` None) weights and state come from rank 0."""
     recipe, launch = job.order.recipe, job.order.launch
     weights = None
-    if checkpoint is not None:
-        weights = checkpoint.trainer.weights
-    elif store is not None:
+    if store is not None and (checkpoint is None or recipe.update == "lora"):
+        # A checkpoint of LoRA holds adapters alone: the frozen rest is the start model, each time.
         weights = twin.load_weights(job.start_folder)
-    trainer = twin.open_trainer(job.info, recipe, weights, group=group, threads=launch.threads_per_rank)
-    world = World(twin=launch.twin, ranks=trainer.ranks, versions={"jupiter": __version__, **twin.versions()})
-    training = Training(recipe, job.data, trainer, reporter, store, identity=job.identity, world=world)
+    elif checkpoint is not None:
+        weights = checkpoint.trainer.weights
+    trainer = twin.open_trainer(
+        job.info,
+        recipe,
+        weights,
+        group=group,
+        threads=launch.threads_per_rank,
+        sharding=launch.sharding,
+        compile=launch.compile,
+    )
+    training = Training(
+        recipe,
+        job.data,
+        trainer,
+        reporter,
+        store,
+        identity=job.identity,
+        world=World(twin=launch.twin, ranks=trainer.ranks, versions={"jupiter": __version__, **twin.versions()}),
+        shape=job.info,
+        held_out=job.held_out,
+        start=lambda: _start_state(job, twin),
+        sizes=micro_batch_sizes(launch, recipe, trainer.ranks, hosts_taking_part()),
+    )
     training.take_up(checkpoint)
     return training
+
+
+def _start_state(job: Job, twin: Any) -> TrainerState:
+    """What is trained, as it was before the first step."""
+    recipe = job.order.recipe
+    if recipe.update == "lora":
+        return TrainerState(weights=initial_adapters(job.info, recipe.lora, recipe.seed), moments={}, updates=0)
+    return TrainerState(weights=twin.load_weights(job.start_folder), moments={}, updates=0)
 
 
 def finished_before(folder: Path, order: TrainOrder) -> dict[str, Any] | None:

@@ -246,8 +246,8 @@ class Island:
         self._left_out += 1
         if self._left_out > self._recipe.spike_guard.rollbacks:
             raise Diverged(
-                f"island {self._order_of.name}: the loss or its gradient was not finite {self._left_out} times, last in "
-                f"batch {block + 1}",
+                f"island {self._order_of.name}: the loss or its gradient was not finite {self._left_out} times, "
+                f"last in batch {block + 1}",
                 fix="lower recipe.optimizer.learning_rate or raise recipe.schedule.warmup_share, then train anew",
             )
         self._reporter.note(f"Batch {block + 1} is left out: its loss or gradient is not finite", "warning")
