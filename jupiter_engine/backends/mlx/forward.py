@@ -122,8 +122,8 @@ def _head_loss(chunks: int) -> Callable[..., tuple[mx.array, mx.array, mx.array]
         total, slopes, change = mx.array(0.0), [], None
         for hidden, wanted, counted in zip(*(mx.split(a, chunks) for a in (rows, targets, counts)), strict=True):
             if change is not None:
-                # The part before must be through, or all parts' logits would be computed first.
-                hidden = mx.depends([hidden], [change])[0]
+                # All that the part before is used for must be done, or its logits would wait beside this one's.
+                hidden = mx.depends([hidden], [total, slopes[-1], change])[0]
             logits = (hidden @ weight.T).astype(mx.float32)
             top = mx.logsumexp(logits, axis=-1, keepdims=True)
             chosen = mx.take_along_axis(logits, wanted[:, None], axis=-1)
