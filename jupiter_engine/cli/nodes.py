@@ -298,7 +298,7 @@ async def topology(options: argparse.Namespace, workspace: Workspace) -> int:
         _say(f"asking {len(cluster.nodes)} node(s)")
         await fleet.refresh_facts()
         plans = await fleet.plans()
-        found = fleet.picture().nodes
+        picture = fleet.picture()
     if options.json:
         print_json(plans)
     elif not plans:
@@ -306,7 +306,9 @@ async def topology(options: argparse.Namespace, workspace: Workspace) -> int:
     else:
         print(plain_text("\n".join(line for plan in plans for line in plan_lines(plan))))
     if not options.json:
-        _problems(found)
+        if picture.islands:
+            print(plain_text(picture.islands))
+        _problems(picture.nodes)
     return ExitCode.NO_NODE if any(plan.problems for plan in plans) else ExitCode.DONE
 
 

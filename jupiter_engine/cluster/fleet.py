@@ -22,6 +22,7 @@ from jupiter_engine.cluster import doctor, link, measure, probe
 from jupiter_engine.cluster.doctor import Evidence, Former, Problem
 from jupiter_engine.cluster.doctor.evidence import Login, node_fact
 from jupiter_engine.cluster.machine import NodeTools
+from jupiter_engine.cluster.placement import islands_text
 from jupiter_engine.cluster.runner import NodeRunner
 from jupiter_engine.cluster.topology import plan_group
 from jupiter_engine.errors import JupiterError, RemoteError, StateError
@@ -47,6 +48,7 @@ from jupiter_engine.settings.cluster import (
     NodeSpec,
     default_groups,
     group_nodes,
+    hub_group,
     node_by_name,
     node_twin,
 )
@@ -184,6 +186,7 @@ class Fleet:
             at=time.time(),
             nodes=tuple(self._status(member) for member in self._members.values()),
             groups=self._groups,
+            islands=islands_text(self.cluster),
             findings=self._findings,
             findings_at=self._findings_at,
         )
@@ -433,6 +436,8 @@ class Fleet:
             ]
 
         groups = self.cluster.groups or default_groups(self.cluster)
+        hub = hub_group(self.cluster)
+        groups += (hub,) if hub is not None else ()
         return tuple(login for logins in await asyncio.gather(*(of(group) for group in groups)) for login in logins)
 
     def _seen(self) -> Seen:

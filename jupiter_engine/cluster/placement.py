@@ -21,6 +21,7 @@ from jupiter_engine.settings.cluster import (
     node_by_name,
     training_group,
 )
+from jupiter_engine.units import duration_text
 
 ABILITY_OF_STAGE: Final[dict[str, Ability]] = {"generate": "generate", "train": "train", "evaluate": "evaluate"}
 """Stages that may run on other machines; all others work on the workspace's own files and run where it lies."""
@@ -137,6 +138,18 @@ def islands_without(cluster: ClusterSettings, lost: AbstractSet[str]) -> tuple[I
         for name, group, nodes in zip(_words(groups), groups, members, strict=True)
         if nodes
     )
+
+
+def islands_text(cluster: ClusterSettings) -> str:
+    """Who trains apart and who merges it, in one sentence for people; empty: there are no islands."""
+    groups = islands(cluster)
+    if not groups:
+        return ""
+    named = [
+        group.name if group.nodes == (group.name,) else f"{group.name} ({', '.join(group.nodes)})" for group in groups
+    ]
+    every = duration_text(cluster.islands.rounds.round_s)
+    return f"Islands: {', '.join(named)}. {hub_node(cluster).title()} merges what they have learnt every {every}."
 
 
 def _words(groups: Sequence[GroupSpec]) -> list[str]:

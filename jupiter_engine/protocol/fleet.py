@@ -186,6 +186,8 @@ class FleetPicture(msgspec.Struct, frozen=True, kw_only=True):
     at: float = 0.0
     nodes: tuple[NodeStatus, ...] = ()
     groups: tuple[GroupPlan, ...] = ()
+    islands: str = ""
+    """Which of them train apart, and who merges what they learn: one sentence; empty: one group trains."""
     findings: tuple[Finding, ...] = ()
     findings_at: float = 0.0
     """When the doctor last looked; 0: not yet."""

@@ -12,10 +12,10 @@ ALONE = "No group: this machine trains alone. Two nodes or more that may train w
 
 
 def group_lines(fleet: FleetPicture, width: int) -> list[Line]:
-    """Every group of the fleet."""
+    """Every group of the fleet, and which of them train apart."""
+    lines: list[Line] = [*wrap(one_line(fleet.islands), width, "bold")] if fleet.islands else []
     if not fleet.groups:
-        return wrap(ALONE, width, "dim")
-    lines: list[Line] = []
+        return lines or wrap(ALONE, width, "dim")
     for plan in fleet.groups:
         lines += [[], *_group(plan, width)] if lines else _group(plan, width)
     return [cut_line(line, width) for line in lines]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jupiter_engine.cluster.placement import begun_islands, place, require_duties
+from jupiter_engine.cluster.placement import begun_islands, islands_text, place, require_duties
 from jupiter_engine.errors import NoUsableNode
 from jupiter_engine.settings.cluster import ClusterSettings, load_cluster
 
@@ -116,3 +116,10 @@ def test_islands_that_were_begun_are_found_by_their_machines(tmp_path: Path) -> 
         ("studio-macs-2", ("m3",)),
         ("box", ("box",)),
     ]
+
+
+def test_who_trains_apart_is_one_sentence(tmp_path: Path) -> None:
+    assert islands_text(islands_of(tmp_path)) == (
+        "Islands: Studio Macs (m1, m2), studio-macs (m3), box. here merges what they have learnt every 10m00s."
+    )
+    assert islands_text(cluster(tmp_path, HERE)) == ""

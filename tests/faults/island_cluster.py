@@ -44,6 +44,13 @@ class IslandCluster(Cluster):
         (root / ".jupiter").mkdir(exist_ok=True)
         (root / ".jupiter" / "known_hosts").write_bytes(rig.known_hosts.read_bytes())
 
+    def start_and_wait_for_refusal(self) -> str:
+        """Run the cycle until it gives up; what it says then."""
+        self.start()
+        assert self.engine is not None
+        assert self.engine.wait(timeout=180.0) != 0, self.story()
+        return self.jupiter("status").stdout
+
     def island_run(self, name: str) -> Path:
         """An island's run folder on its host, seen from here."""
         host = self.rig[ISLANDS[name]]

@@ -222,6 +222,16 @@ def test_a_group_shows_wiring_launcher_reason_and_what_comes_first() -> None:
     assert "trains alone" in text.plain_lines(groups.group_lines(FleetPicture(), 80))
 
 
+def test_islands_are_named_before_the_groups() -> None:
+    said = "Islands: macs (studio, mini-1), box. studio merges what they have learnt every 10m00s."
+    first, *rest = groups.group_lines(FleetPicture(groups=(played.RING,), islands=said), 110)
+    assert text.plain(first) == said
+    assert "ok macs: ring" in text.plain_lines(rest)
+    alone = text.plain_lines(groups.group_lines(FleetPicture(islands=said), 60))
+    assert "trains alone" not in alone
+    assert alone.replace("\n", " ") == said
+
+
 # -- alerts, cluster file ------------------------------------------------------------------------------
 def test_lost_machines_and_failures_are_alerts_once_each() -> None:
     shown = played.several(findings=played.FINDINGS, findings_at=1.0)
