@@ -14,8 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from jupiter_engine.backends.contract import Dtype
+from jupiter_engine.backends.torch import attention
+from jupiter_engine.backends.torch.head import head_loss
 from jupiter_engine.backends.torch.rotary import rotary, rotary_frequencies, rotate
 from jupiter_engine.checkpoints.model_folder import ModelInfo, verify, weight_files
 
@@ -28,6 +31,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def inference(function: Function) -> Function:
     """Decorator: no gradients are recorded inside (torch.inference_mode, with its type kept)."""
     return cast("Function", torch.inference_mode()(function))
+
+
+Sight = attention.Blocks | Tensor | None
+"""What a position may attend to: a mask [B, 1, T, T] (True = may see), blocks of queries, or None (causal)."""
 
 
 class RMSNorm(nn.Module):
@@ -59,21 +66,21 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention and output projection; `mask` None is plain causal over equal lengths, else True = may see."""
-        out = functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        return self.o_proj(out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1))
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        return self.attend(*self.project(x, cos, sin), mask)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+        """q [B, heads, T, hd], k and v [B, kv_heads, T, hd] -> [B, T, heads * hd], before the output projection."""
+        if isinstance(sight, attention.Blocks):
+            out = attention.attend(q, k, v, sight, self.scale)
+        else:
+            out = functional.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=sight,
+                is_causal=sight is None,
+                scale=self.scale,
+                enable_gqa=self.heads != self.kv_heads,
+            )
+        return out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
 
 
 class MLP(nn.Module):
@@ -94,10 +101,27 @@ class Layer(nn.Module):
         self.mlp = MLP(info)
         self.input_layernorm = RMSNorm(info.hidden_size, info.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(info.hidden_size, info.rms_norm_eps)
+        self.recompute = False
+        """Keep only this layer's input for the backward pass and compute the rest again there."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer up to attention."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer after attention."""
+        x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def whole(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight) -> Tensor:
+        return self.after(x, self.self_attn.attend(*self.before(x, cos, sin), sight))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing in a layer is random.
+            kept: Tensor = checkpoint(self.whole, x, cos, sin, sight, use_reentrant=False, preserve_rng_state=False)
+            return kept
+        return self.whole(x, cos, sin, sight)
 
 
 class Decoder(nn.Module):
@@ -146,14 +170,26 @@ class Llama(nn.Module):
         mask = (starts.unsqueeze(2) == starts.unsqueeze(1)) & (steps.unsqueeze(1) >= steps.unsqueeze(0))
         return self.hidden_at(tokens, steps - starts, mask.unsqueeze(1))
 
-    def hidden_at(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """`hidden` with positions [B or 1, T] and a mask [B, 1, T, T] (True = may see; None = causal) of one's own."""
+    def hidden_at(self, tokens: Tensor, positions: Tensor, sight: Sight) -> Tensor:
+        """`hidden` with positions [B or 1, T] and a sight of one's own."""
         x = self.model.embed_tokens(tokens)
         cos, sin = self.rotary(positions, x.dtype)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         for layer in self.model.layers:
-            x = layer(x, cos, sin, mask)
+            x = layer(x, cos, sin, sight)
         return self.model.norm(x)
+
+    def summed_loss(
+        self, tokens: Tensor, positions: Tensor, sight: Sight, counted: Tensor | None, targets: Tensor, chunk: int
+    ) -> Tensor:
+        """Sum of cross-entropy in nats, float32 scalar.
+
+        tokens int64 [B, T]; counted bool [B * T], or None where all count; targets
+        int64 [N], those that count, in order. Logits exist for `chunk` targets at once.
+        """
+        hidden = self.hidden_at(tokens, positions, sight)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return head_loss(hidden if counted is None else hidden[counted], self.output_weight, targets, chunk)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V] in the hidden states' precision."""
