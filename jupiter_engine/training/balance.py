@@ -82,8 +82,8 @@ class Balance:
         self._seconds[:], self._rows[:] = 0.0, 0
         if not measured.any() or rate[measured].min() <= 0.0:
             return False
-        # A rank that had no rows is taken to be as quick as the middle one, until it has had some.
-        cost = [float(value) for value in np.where(measured, rate, np.median(rate[measured]))]
+        # A rank that had no rows is taken to be as slow as the slowest one, until it has had some.
+        cost = [float(value) for value in np.where(measured, rate, rate[measured].max())]
         now = self.counts(total)
         times = [count * each for count, each in zip(now, cost, strict=True)]
         if max(times) <= _LEVEL * min(times):

@@ -6,7 +6,7 @@ number of ranks walk the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,16 @@ class BatchOrder:
         return np.concatenate(parts)
 
 
-def rank_rows(batch: Rows, rank: int, ranks: int) -> Rows:
-    """The rows of one global batch that `rank` of `ranks` trains on (may be empty)."""
-    return batch[rank::ranks]
+def batch_number(step: int, skipped: Sequence[int]) -> int:
+    """Which batch `step` (both counted from 0) trains on: the step-th one that is not in `skipped` (ascending).
+
+    A batch that is left out moves all later ones up: what comes before stays as it was.
+    """
+    number = step
+    for one in skipped:
+        if one <= number:
+            number += 1
+    return number
 
 
 def micro_batches(rows: Rows, size: int) -> Iterator[Rows]:

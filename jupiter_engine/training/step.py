@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from jupiter_engine.errors import StateError
-from jupiter_engine.protocol.specs import LaunchSpec, Recipe
+from jupiter_engine.protocol.specs import Recipe
 from jupiter_engine.training.balance import Balance
 from jupiter_engine.training.data_order import Rows
 from jupiter_engine.training.reading import BatchReader, batch_of
@@ -106,7 +106,7 @@ class GroupStep:
         rows: Rows,
         tokens: int,
         *,
-        halt: bool = False,
+        halt: Callable[[], bool] | None = None,
         following: Rows | None = None,
         check: Callable[[], None] | None = None,
     ) -> Computed:
@@ -114,7 +114,8 @@ class GroupStep:
 
         `number`: the step, counted from 0, for reports; `following`: rows that will
         probably be asked for next, to be read ahead; `check`: raises what should end
-        the group here. Raises what failed on this rank, PeerFailed for another's.
+        the group here, before any work; `halt`: asked after the
+        work. Raises what failed on this rank, PeerFailed for another's.
         """
         trainer, reader = self._trainer, self._reader
         self._began = time.perf_counter()
@@ -133,8 +134,9 @@ class GroupStep:
         except Exception as error:  # noqa: BLE001 - the other ranks wait for this one: they are told first, then it is raised
             failure = error
         self._reporter.at(number, waiting=True)
+        wanted = halt is not None and halt()
         arrived = time.perf_counter()
-        said = trainer.exchange([float(halt), float(failure is not None), loss_sum, compute, reader.waited - waited])
+        said = trainer.exchange([float(wanted), float(failure is not None), loss_sum, compute, reader.waited - waited])
         together = time.perf_counter()
         self._raise(failure, said[:, 1], f"failed in step {number + 1}")
         total = float(said[:, 2].sum())
@@ -212,21 +214,6 @@ class GroupStep:
         flags = list(failed)
         if any(flags):
             raise PeerFailed(f"rank {flags.index(max(flags))} {what}")
-
-
-def micro_batch_sizes(launch: LaunchSpec, recipe: Recipe, ranks: int, present: Sequence[str] = ()) -> list[int]:
-    """Rows that each of `ranks` ranks computes at once: its host's number, else the recipe's.
-
-    Ranks are numbered in order of hosts; `present` names the hosts that take part
-    (none: all). StateError if they do not make up `ranks`.
-    """
-    hosts = [host for host in launch.hosts if not present or host.name in present]
-    if not hosts:
-        return [recipe.micro_batch_sequences] * ranks
-    sizes = [host.micro_batch_sequences or recipe.micro_batch_sequences for host in hosts for _ in range(host.ranks)]
-    if len(sizes) != ranks:
-        raise StateError(f"{ranks} ranks take part, the hosts of the order have {len(sizes)}")
-    return sizes
 
 
 def _floats(values: Iterable[float]) -> Ranks:

@@ -12,16 +12,19 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from jupiter_engine.errors import StateError
 from jupiter_engine.files import whole_lines, write_json
-from jupiter_engine.protocol.specs import HostSpec, LaunchSpec
+from jupiter_engine.protocol.specs import HostSpec, LaunchSpec, Recipe
 
 BACKEND_VARIABLE = "JUPITER_BACKEND"
 RANKS_VARIABLE = "JUPITER_RANKS"
+HOSTS_VARIABLE = "JUPITER_HOSTS"
 UNREACHED = ("unreachable",)
 """Kinds of the launcher's errors about a host that mean it was not reached."""
 _ASK_S = 8.0
@@ -41,6 +44,7 @@ def write_group_spec(
         "OMP_WAIT_POLICY": "PASSIVE",
         BACKEND_VARIABLE: launch.backend,
         RANKS_VARIABLE: str(sum(host.ranks for host in hosts)),
+        HOSTS_VARIABLE: ",".join(host.name for host in hosts),
         **({"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)} if threads else {}),
     }
     spec = {
@@ -152,3 +156,23 @@ class Roll:
 def ranks_asked_for(launch: LaunchSpec) -> int:
     """Ranks of the launch that this process belongs to: fewer than the order's where a host was left out."""
     return int(os.environ.get(RANKS_VARIABLE) or launch.ranks)
+
+
+def hosts_taking_part() -> tuple[str, ...]:
+    """Names of the hosts of the launch that this process belongs to, in order of ranks; empty outside a group."""
+    return tuple(name for name in os.environ.get(HOSTS_VARIABLE, "").split(",") if name)
+
+
+def micro_batch_sizes(launch: LaunchSpec, recipe: Recipe, ranks: int, present: Sequence[str]) -> list[int]:
+    """Rows that each of `ranks` ranks computes at once: its host's number where it has one, else the recipe's.
+
+    `present`: names of the hosts that take part (see `hosts_taking_part`), none: all of the launch. StateError if they
+    do not make up `ranks`.
+    """
+    hosts = [host for host in launch.hosts if not present or host.name in present]
+    if not hosts:
+        return [recipe.micro_batch_sequences] * ranks
+    sizes = [host.micro_batch_sequences or recipe.micro_batch_sequences for host in hosts for _ in range(host.ranks)]
+    if len(sizes) != ranks:
+        raise StateError(f"{ranks} ranks take part, their hosts should have {len(sizes)}")
+    return sizes
