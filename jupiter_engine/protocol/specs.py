@@ -280,12 +280,14 @@ class RoundSpec(Spec, frozen=True, kw_only=True):
 
     round_s: Positive = 600.0
     """An island stops at the first step boundary after so long and contributes what it has learnt."""
+    max_steps: CountOrZero = 0
+    """An island contributes after so many steps of its own although the round's time is not over; 0: no limit."""
     quorum: Count = 1
     """So many contributions must be there before a round is merged."""
     grace_s: NotNegative = 60.0
     """How long the hub waits for the others once the quorum is there (and the round's time is over)."""
     payload: Literal["float32", "bfloat16", "int8"] = "bfloat16"
-    """How contributions and bases travel; int8 in blocks of 256 with a scale each."""
+    """How contributions travel, and bases; int8 in blocks of 256 with a scale each (bases then go as bfloat16)."""
     outer_learning_rate: Positive | None = None
     """Of the outer Nesterov step; left out: 0.4, 0.6, 0.6, 0.8 for 1, 2, 4, 8 islands (Scaling Laws for DiLoCo)."""
     outer_momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.9

@@ -34,6 +34,9 @@ while time.monotonic() < deadline:
     if os.path.exists(folder + "/inbox/halt"):
         sys.exit(75)
     time.sleep(0.02)
+if order["status"]:
+    with open(folder + "/events.jsonl", "a") as file:
+        file.write('{"fact":"failed","seq":1,"detail":"the disk \\u001b[31m is full"}\\n')
 sys.exit(order["status"])
 """
 
@@ -176,6 +179,17 @@ def test_a_finished_island_stays_finished_and_a_resting_one_goes_on(place: Place
     assert found.finished
     assert found.round == 3
     assert len(place.starts()) == 3
+
+
+def test_a_worker_that_fails_is_shown_with_its_own_words(place: Place) -> None:
+    hub = place.hub()
+    hub.start(order("bad", seconds=0.0, status=20))
+    until(lambda: not hub.state().at_work)
+    found = hub.state()
+    assert (found.state, found.exit_status, found.finished) == ("exited", 20, False)
+    assert "the disk" in found.detail
+    assert "is full" in found.detail
+    assert "\x1b" not in found.detail
 
 
 def test_the_lease_ends_an_island_that_no_hub_looks_for(place: Place) -> None:

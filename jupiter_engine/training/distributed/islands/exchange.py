@@ -45,6 +45,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     base: FileRecord
     deadline_s: float
     """An island's round ends at the first step boundary so long after it has begun."""
+    max_steps: int
+    """... or after so many steps; 0: no limit."""
     patience_s: float
     """So long an island waits for the next base before it goes on by itself."""
     tokens_done: int

@@ -283,6 +283,7 @@ class Hub:
             fence=self.fence,
             base=state.round.files.base,
             deadline_s=self._run.spec.round_s,
+            max_steps=self._run.spec.max_steps,
             patience_s=_PATIENCE_S + self._run.spec.grace_s + 4.0 * self._merge_s,
             tokens_done=totals.tokens_merged,
             tokens_total=totals.tokens_total,
@@ -315,12 +316,13 @@ class Hub:
     def _wanted(self, island: str, shares: Mapping[str, float], open_blocks: int) -> int:
         """Blocks of a lease: the island's share of all that is left, but no more than it can use before it hears of
         the hub again."""
-        share = math.ceil(open_blocks * shares[island])
-        rate = self._seen[island].rate
-        if rate <= 0.0:
-            return max(1, share)
-        rounds = 1 + self._run.spec.max_unsynced_rounds
-        return max(1, min(share, math.ceil(_AHEAD * rounds * rate * self._run.spec.round_s)))
+        spec, rate = self._run.spec, self._seen[island].rate
+        wanted, rounds = math.ceil(open_blocks * shares[island]), 1 + spec.max_unsynced_rounds
+        if spec.max_steps:
+            wanted = min(wanted, rounds * spec.max_steps)
+        if rate > 0.0:
+            wanted = min(wanted, math.ceil(_AHEAD * rounds * rate * spec.round_s))
+        return max(1, wanted)
 
     # -- contributions ---------------------------------------------------------------------------
     def _take_in(self, state: _Gathering) -> None:

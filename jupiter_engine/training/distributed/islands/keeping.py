@@ -50,7 +50,7 @@ class Keeper:
         self._thread.start()
 
     def _work(self) -> None:
-        pauses, silent, began = 0, "", time.monotonic()
+        pauses, silent, began, met = 0, "", time.monotonic(), False
         while not self._stop.is_set():
             try:
                 present = self._worker.state()
@@ -63,6 +63,10 @@ class Keeper:
                 elif silent:
                     self.said.put((f"The machine of island {self.name} answers again", "info"))
                     silent = ""
+                if present.at_work and not met:
+                    # A hub on another machine may have given it another order; on this one it is left alone.
+                    self._worker.start(self._order)
+                met = met or present.state != "silent"
                 if not present.at_work and present.state != "silent":
                     if present.state != "absent":
                         pauses = 0 if time.monotonic() - began > _STEADY_S else pauses

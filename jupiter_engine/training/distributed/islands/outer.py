@@ -101,8 +101,9 @@ def mean_delta(name: str, first: int, end: int, contributions: Sequence[Contribu
 
 def nesterov(theta: Floats, momentum: Floats, delta: Floats, *, rate: float, mu: float) -> tuple[Floats, Floats]:
     """(new theta, new momentum) of one chunk, float32."""
-    moved = np.float32(mu) * momentum + delta
-    return theta - np.float32(rate) * (delta + np.float32(mu) * moved), moved
+    moved: Floats = np.float32(mu) * momentum + delta
+    stepped: Floats = theta - np.float32(rate) * (delta + np.float32(mu) * moved)
+    return stepped, moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,6 +83,7 @@ class Sitting:
     tokens_done: int
     tokens_total: int
     deadline_s: float
+    max_steps: int
     patience_s: float
     base: Payload | None
     began: float
@@ -151,8 +152,12 @@ class Pace:
         return self._in_round(sitting)
 
     def _in_round(self, sitting: Sitting) -> Act:
-        now, left = time.monotonic(), sitting.used < len(sitting.blocks)
-        if left and (sitting.used == 0 or now < sitting.until):
+        now = time.monotonic()
+        end = len(sitting.blocks)
+        left = sitting.used < end
+        if sitting.max_steps:
+            end = min(end, sitting.max_steps * (1 + sitting.unsynced))
+        if sitting.used < end and (sitting.used == 0 or now < sitting.until):
             self.beat(sitting, waiting=False)
             return Act.STEP
         if sitting.offered < sitting.used:
@@ -254,6 +259,7 @@ def sitting_of(
         tokens_done=plan.tokens_done,
         tokens_total=plan.tokens_total,
         deadline_s=plan.deadline_s,
+        max_steps=plan.max_steps,
         patience_s=plan.patience_s,
         base=base,
         began=began,
@@ -338,6 +344,7 @@ def decode(numbers: Sequence[float]) -> Sitting:
         tokens_done=int(head[4]),
         tokens_total=int(head[5]),
         deadline_s=0.0,
+        max_steps=0,
         patience_s=0.0,
         base=None,
         began=0.0,

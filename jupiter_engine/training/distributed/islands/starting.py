@@ -38,6 +38,8 @@ STOP_GRACE_S: Final = 60.0
 _CONNECT_S: Final = 10
 _CALL_S: Final = 60.0
 _AGAIN_S: Final = 30.0
+_HALTED: Final = 75
+"""A worker's exit status after a halt."""
 _UNREACHED: Final = 255
 """ssh's exit status for its own failures."""
 _LIMIT_BYTES: Final = 4 << 20
@@ -51,6 +53,7 @@ _ENV: Final = {
 # $1: file, written whole or not at all.
 _WRITE: Final = 'mkdir -p "${1%/*}" && cat >"$1.$$" && mv -f "$1.$$" "$1"'
 _READ: Final = 'if [ -f "$1" ]; then cat "$1"; fi'
+_LAST: Final = 'if [ -f "$1" ]; then tail -n 1 "$1" | head -c 65536; fi'
 # $1: lease, then the command.
 _RENEW: Final = 'if [ -d "${1%/*}" ]; then touch "$1"; fi; shift; exec "$@"'
 _HALT: Final = 'mkdir -p "$1/inbox" && : >"$1/inbox/halt"'
@@ -281,6 +284,12 @@ class RemoteIsland:
         if known.get("state") == "waiting" and runner.get("ended_at") and runner.get("round") == answer.get("round"):
             # Its round is over without it: it was stopped, or could not be started.
             shown |= {"state": "lost", "detail": "it was not started"}
+        if (
+            known.get("state") == "exited"
+            and known.get("exit_status") not in (0, _HALTED, None)
+            and not shown["detail"]
+        ):
+            shown["detail"] = self._last_words()
         try:
             return msgspec.convert(shown, IslandState)
         except msgspec.ValidationError as error:
@@ -288,6 +297,11 @@ class RemoteIsland:
                 f"{self.machine.name}: its node runner answered what cannot be understood ({error})",
                 host=self.machine.name,
             ) from error
+
+    def _last_words(self) -> str:
+        """What the worker gave as the reason of its failure; empty if it gave none."""
+        said = _object(self.machine.shell(_LAST, f"{self.run_folder}/events.jsonl").decode("utf-8", "replace"))
+        return plain_text(str(said.get("detail") or ""))[:1000] if said.get("fact") == "failed" else ""
 
     def _answer(self, ask: Callable[[], bytes]) -> dict[str, Any] | None:
         """The JSON object that a verb answers; None if there is no keep.json yet. RemoteError with the runner's own
