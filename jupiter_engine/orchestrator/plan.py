@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jupiter_engine.errors import StateError
 from jupiter_engine.protocol.orders import (
@@ -14,12 +14,15 @@ from jupiter_engine.protocol.orders import (
     FilterOrder,
     GateOrder,
     GenerateOrder,
+    HeldOutText,
     ModelRef,
+    OwnTokenizer,
     PrepareOrder,
     QueueOrder,
     TrainOrder,
 )
-from jupiter_engine.protocol.specs import LaunchSpec
+from jupiter_engine.protocol.shapes import PRESETS
+from jupiter_engine.protocol.specs import LaunchSpec, Recipe
 from jupiter_engine.protocol.state import CycleState, State
 from jupiter_engine.settings.domain import DomainSettings
 
@@ -96,6 +99,13 @@ def look_number(state: State, cycle: CycleState) -> int:
 def seed_of(cycle: CycleState, settings: DomainSettings) -> int:
     """Every cycle draws anew, and the same cycle always the same."""
     return settings.training.seed * 1_000_003 + cycle.number
+
+
+def method_of(recipe: Recipe) -> Literal["pretrain", "continued", "sft"]:
+    """What `auto` means: pre-training from scratch, else continued pre-training."""
+    if recipe.method == "auto":
+        return "pretrain" if recipe.start == "scratch" else "continued"
+    return recipe.method
 
 
 class OrderWriter:
@@ -189,12 +199,26 @@ class OrderWriter:
 
     def _queue(self, who: dict[str, Any]) -> QueueOrder:
         recipe = self.settings.training
+        run = self.places.run(str(who["run"]))
+        start = self._start()
+        own = None
+        if start is None and recipe.tokenizer == "corpus":
+            assert recipe.preset is not None, "settings refuse `start: scratch` without a preset"
+            own = OwnTokenizer(
+                vocabulary=recipe.vocabulary,
+                context=PRESETS[recipe.preset].shape.context,
+                target=str(run / "tokenizer"),
+            )
         return QueueOrder(
             **who,
             mix=self.settings.mix,
-            tokenizer=incumbent(self.state, self.cycle).folder,
+            # What is trained reads the snapshot with its own tokenizer, which need not be today's generator's.
+            tokenizer=(incumbent(self.state, self.cycle) if start is None else start).folder,
+            own_tokenizer=own,
+            method=method_of(recipe),
+            held_out=self._held_out(),
             chunks=self._result("collect", "chunks_path"),
-            accepted=str(self.places.run(str(who["run"])) / "accepted.jsonl"),
+            accepted=str(run / "accepted.jsonl"),
             sources=self.settings.sources,
             target=str(self.places.snapshot(self.cycle.id)),
             sequence_tokens=recipe.sequence_tokens,
@@ -202,21 +226,42 @@ class OrderWriter:
             seed=self.seed,
         )
 
+    def _held_out(self) -> HeldOutText | None:
+        """Text for the held-out loss, from the slice behind the coming look's.
+
+        The best checkpoint is chosen by this text; the gate must not judge it on the same, so its slice is left
+        out. Looks go round the slices: the slice behind comes up again last.
+        """
+        early_stop = self.settings.training.early_stop
+        if not early_stop.every_steps:
+            return None
+        slices = self.settings.evaluation.slices
+        return HeldOutText(sequences=early_stop.sequences, slice=(self._slice() - 1) % slices)
+
+    def _start(self) -> ModelRef | None:
+        """The model that training begins with; None: from scratch."""
+        recipe = self.settings.training
+        if recipe.start == "generator":
+            return start_of_training(self.state, self.cycle)
+        if recipe.start == "scratch":
+            return None
+        # Its hash is not known here; the worker verifies the folder before it builds anything.
+        return ModelRef(name=Path(recipe.start).name, folder=recipe.start, sha256="")
+
     def _train(self, who: dict[str, Any]) -> TrainOrder:
         recipe = self.settings.training
-        start: ModelRef | None = None
-        if recipe.start == "generator":
-            start = start_of_training(self.state, self.cycle)
-        elif recipe.start != "scratch":
-            # Its hash is not known here; the worker verifies the folder before it builds anything.
-            start = ModelRef(name=Path(recipe.start).name, folder=recipe.start, sha256="")
+        start = self._start()
+        tokenizer = None
+        if start is None:
+            own = recipe.tokenizer == "corpus"
+            tokenizer = self._result("queue", "tokenizer") if own else incumbent(self.state, self.cycle).folder
         return TrainOrder(
             **who,
             recipe=recipe,
             launch=self.launch,
             snapshot=self._result("queue", "snapshot"),
             start=start,
-            tokenizer=incumbent(self.state, self.cycle).folder if start is None else None,
+            tokenizer=tokenizer,
             target=str(self.places.model(self.cycle.id)),
         )
 

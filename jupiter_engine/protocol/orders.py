@@ -83,10 +83,33 @@ class FilterOrder(Order, frozen=True, kw_only=True, tag="filter"):
     """samples.jsonl of earlier cycles: a new sample that repeats one is a near duplicate."""
 
 
+class OwnTokenizer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A tokenizer to be trained on the domain's train documents before anything is packed."""
+
+    vocabulary: int
+    """At most so many tokens; less text gives fewer."""
+    context: int
+    """Longest sequence of the model that it is for, in tokens."""
+    target: str
+    """Folder to write."""
+
+
+class HeldOutText(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Rows of vault text for the held-out loss of a run."""
+
+    sequences: int
+    slice: int
+    """Vault slice to take them from: not the one that the coming look measures with."""
+
+
 class QueueOrder(Order, frozen=True, kw_only=True, tag="queue"):
     mix: MixSpec
     tokenizer: str
-    """Model folder whose tokenizer encodes the snapshot."""
+    """Model folder whose tokenizer encodes the snapshot, unless there is an `own_tokenizer`."""
+    own_tokenizer: OwnTokenizer | None = None
+    method: Literal["pretrain", "continued", "sft"] = "continued"
+    """`sft`: rows of samples only, whatever the mix says."""
+    held_out: HeldOutText | None = None
     chunks: str
     accepted: str
     """JSON lines of rows.Sample that passed filter and review (all cycles: synthetic data accumulates)."""

@@ -6,8 +6,6 @@ import shutil
 import time
 from pathlib import Path
 
-import msgspec
-
 from jupiter_engine.checkpoints.model_folder import (
     ModelInfo,
     copy_text_files,
@@ -17,12 +15,12 @@ from jupiter_engine.checkpoints.model_folder import (
     weight_files,
 )
 from jupiter_engine.errors import ModelInvalid, NotEnoughData
-from jupiter_engine.files import require_free, write_atomic
+from jupiter_engine.files import require_free
 from jupiter_engine.protocol.orders import PrepareOrder
 from jupiter_engine.protocol.shapes import PRESETS
 from jupiter_engine.training.model.convert import SMOLLM2_NAME, convert_gguf, smollm2_gguf
 from jupiter_engine.training.model.presets import write_scratch
-from jupiter_engine.training.model.tokenizer import train_tokenizer, write_tokenizer
+from jupiter_engine.training.model.tokenizer import publish_tokenizer, train_tokenizer
 from jupiter_engine.worker.context import RunContext
 
 NANO_SEED = 0
@@ -104,11 +102,8 @@ def make_nano(target: Path, *, seed: int) -> ModelInfo:
         )
     shape = PRESETS["nano"].shape
     tokenizer = train_tokenizer(texts, vocab_size=shape.vocab_size)
-    with publish(target.with_name(f"{target.name}-tokenizer")) as folder:
-        write_tokenizer(folder, tokenizer, context=shape.context)
-        # TextCodec asks config.json for the ids that end an answer.
-        write_atomic(folder / "config.json", msgspec.json.encode({"eos_token_id": [2, 0]}))
     source = target.with_name(f"{target.name}-tokenizer")
+    publish_tokenizer(source, tokenizer, context=shape.context)
     try:
         return write_scratch(target, preset="nano", tokenizer=source, seed=seed, dtype="bfloat16")
     finally:

@@ -186,9 +186,7 @@ def write(folder: Path) -> Path:
     found = packed()
     write_snapshot(
         folder,
-        found.tokens,
-        found.loss_mask,
-        found.segments,
+        found,
         describe={
             "tokenizer_sha256": "t",
             "vocab_size": 300,
@@ -241,9 +239,7 @@ def test_ids_outside_the_vocabulary_are_refused_before_anything_is_written(tmp_p
     with pytest.raises(StateError, match="token id 300 does not exist in a vocabulary of 300"):
         write_snapshot(
             tmp_path / "snap",
-            rows,
-            np.ones((1, 3), dtype=np.uint8),
-            np.zeros((1, 3), dtype=np.uint16),
+            pack.HeldOut(rows, np.ones((1, 3), dtype=np.uint8), np.zeros((1, 3), dtype=np.uint16)),
             describe={"vocab_size": 300},
         )
     assert not (tmp_path / "snap").exists()

@@ -1,8 +1,9 @@
 """Packing: real chunks and accepted samples become training rows, mixed by tokens.
 
 A row is a run of segments. Real text may be cut at a row's end (the rest opens the
-next row); a sample is never cut unless it alone is longer than a row. Only as much
-text is tokenised as the rows need.
+next row), so it fills every gap; a sample is never cut unless it alone is longer
+than a row. Rows of samples only are packed best-fit (data.queue.best_fit). Only as
+much text is tokenised as the rows need.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from jupiter_engine.data.queue.best_fit import BestFit
 from jupiter_engine.errors import NotEnoughData, StateError
 from jupiter_engine.protocol.rows import Chunk, Sample
 from jupiter_engine.protocol.specs import MixSpec
@@ -86,6 +88,21 @@ class Packed:
     epochs: dict[str, float]
     distinct_tokens: int
     sample_ids: int
+    counted_tokens: int
+    """Targets whose loss counts, added up unit by unit as they were placed."""
+    padding_tokens: int
+    """Input positions (all but a row's last column) that hold nothing; they count nowhere."""
+    cut_samples: int
+    """Samples longer than a row, of which only the beginning is there."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows of vault text, arrays as in Packed of shape [n, sequence_tokens + 1]."""
+
+    tokens: npt.NDArray[np.uint32]
+    loss_mask: npt.NDArray[np.uint8]
+    segments: npt.NDArray[np.uint16]
 
 
 def shares(mix: MixSpec, available: Sequence[Class]) -> dict[Class, float]:
@@ -175,56 +192,121 @@ def pack(
     """
     supplies = {name: Supply(units[name]) for name in CLASSES if units.get(name)}
     wanted = {name: share for name, share in shares(mix, list(supplies)).items() if share > 0}
-    width = sequence_tokens + 1
-    tokens = np.full((sequences, width), end_id, dtype=np.uint32)
-    mask = np.zeros((sequences, width), dtype=np.uint8)
-    segments = np.zeros((sequences, width), dtype=np.uint16)
-    filler = _Filler(supplies, wanted, width)
-    for row in range(sequences):
-        filler.fill(tokens[row], mask[row], segments[row])
-    if not mask[:, 1:].any():
+    rows = _Rows(sequences, sequence_tokens + 1, end_id)
+    if list(wanted) == ["synthetic"]:
+        supply = supplies["synthetic"]
+        fit: BestFit[Unit] = BestFit(sequences, rows.width)
+        fit.fill(supply.next)
+        for row, placed_units in enumerate(fit.filled):
+            for unit in placed_units:
+                supply.take(unit, rows.put(row, unit))
+                rows.cut_samples += len(unit.ids) > rows.width
+    else:
+        filler = _Filler(supplies, wanted, rows)
+        for row in range(sequences):
+            filler.fill(row)
+    if not rows.counted:
         raise NotEnoughData("no token could be placed in a training row", fix="add documents to the domain")
     placed = sum(supply.placed for supply in supplies.values())
     return Packed(
-        tokens=tokens,
-        loss_mask=mask,
-        segments=segments,
+        tokens=rows.tokens,
+        loss_mask=rows.mask,
+        segments=rows.segments,
         mix={name: round(supply.placed / placed, 4) for name, supply in supplies.items()},
         epochs={name: round(supply.epochs, 4) for name, supply in supplies.items()},
         distinct_tokens=sum(supply.distinct for supply in supplies.values()),
         sample_ids=len(supplies["synthetic"].used) if "synthetic" in supplies else 0,
+        counted_tokens=rows.counted,
+        padding_tokens=rows.close(),
+        cut_samples=rows.cut_samples,
     )
+
+
+def held_out_rows(
+    chunks: Sequence[Chunk], codec: Codec, *, slice_number: int, sequences: int, sequence_tokens: int, seed: int
+) -> HeldOut:
+    """At most `sequences` rows of the vault chunks of one slice, in an order drawn by seed; nothing is repeated.
+
+    Chunks follow one another as segments and are cut at a row's end. Train chunks and other slices are left out;
+    NotEnoughData if the slice holds no text.
+    """
+    drawn = sorted((c for c in chunks if c.split == "vault" and c.slice == slice_number), key=lambda c: c.id)
+    random.Random(seed + 2).shuffle(drawn)
+    rows = _Rows(sequences, sequence_tokens + 1, codec.eos_ids[0])
+    row = 0
+    for chunk in drawn:
+        ids = codec.encode(chunk.text)
+        while ids and row < sequences:
+            count = rows.put(row, Unit(chunk.id, ids, [1] * len(ids)))
+            ids = ids[count:]
+            row += rows.room(row) == 0
+    used = min(sequences, row + (rows.room(row) < rows.width if row < sequences else 0))
+    if not rows.counted:
+        raise NotEnoughData(
+            f"vault slice {slice_number} holds no text to measure the held-out loss on",
+            fix="add documents to the domain, or set training.early_stop.every_steps: 0",
+        )
+    rows.close()
+    return HeldOut(rows.tokens[:used], rows.mask[:used], rows.segments[:used])
+
+
+class _Rows:
+    """The arrays of a snapshot while they are filled from the left, row by row."""
+
+    def __init__(self, sequences: int, width: int, end_id: int) -> None:
+        self.width = width
+        self.tokens = np.full((sequences, width), end_id, dtype=np.uint32)
+        self.mask = np.zeros((sequences, width), dtype=np.uint8)
+        self.segments = np.zeros((sequences, width), dtype=np.uint16)
+        self.counted = self.cut_samples = 0
+        self._filled = [0] * sequences
+        self._next = [0] * sequences
+
+    def room(self, row: int) -> int:
+        return self.width - self._filled[row]
+
+    def put(self, row: int, unit: Unit) -> int:
+        """Write as much of `unit` as the row holds, as a segment of its own; returns how many tokens that is."""
+        start = self._filled[row]
+        count = min(len(unit.ids), self.width - start)
+        stop = start + count
+        self.tokens[row, start:stop] = unit.ids[:count]
+        self.mask[row, start:stop] = unit.mask[:count]
+        self.mask[row, start] = 0  # nothing of its own segment precedes it
+        self.segments[row, start:stop] = self._next[row]
+        self.counted += sum(unit.mask[1:count])
+        self._filled[row] = stop
+        self._next[row] += 1
+        return count
+
+    def close(self) -> int:
+        """Make what is left of each row a segment that counts nowhere; returns how many input positions those are."""
+        for row, filled in enumerate(self._filled):
+            self.segments[row, filled:] = self._next[row]
+        return sum(max(self.width - 1 - filled, 0) for filled in self._filled)
 
 
 class _Filler:
     """Fills rows one after the other, carrying cut real text over to the next row."""
 
-    def __init__(self, supplies: dict[Class, Supply], wanted: dict[Class, float], width: int) -> None:
+    def __init__(self, supplies: dict[Class, Supply], wanted: dict[Class, float], rows: _Rows) -> None:
         self._supplies = supplies
         self._wanted = wanted
-        self._width = width
+        self._rows = rows
         self._rest: dict[Class, deque[Unit]] = {name: deque() for name in wanted}
 
-    def fill(
-        self, tokens: npt.NDArray[np.uint32], mask: npt.NDArray[np.uint8], segments: npt.NDArray[np.uint16]
-    ) -> None:
-        filled = segment = 0
-        while filled < self._width:
-            name, unit = self._choose(self._width - filled)
+    def fill(self, row: int) -> None:
+        while room := self._rows.room(row):
+            name, unit = self._choose(room)
             if unit is None:
-                # Only samples are left and none fits: the row is padded with a segment that counts nowhere.
-                segments[filled:] = segment
                 return
-            count = min(len(unit.ids), self._width - filled)
-            stop = filled + count
-            tokens[filled:stop] = unit.ids[:count]
-            mask[filled:stop] = unit.mask[:count]
-            mask[filled] = 0  # nothing of its own segment precedes it
-            segments[filled:stop] = segment
+            count = self._rows.put(row, unit)
             self._supplies[name].take(unit, count)
-            if count < len(unit.ids) and name != "synthetic":
-                self._rest[name].append(Unit(unit.id, unit.ids[count:], unit.mask[count:]))
-            filled, segment = stop, segment + 1
+            if count < len(unit.ids):
+                if name == "synthetic":
+                    self._rows.cut_samples += 1
+                else:
+                    self._rest[name].append(Unit(unit.id, unit.ids[count:], unit.mask[count:]))
 
     def _choose(self, room: int) -> tuple[Class, Unit | None]:
         """The class furthest behind that has something to place in `room` tokens, and its next unit."""
@@ -235,7 +317,7 @@ class _Filler:
             unit = rest.popleft() if rest else self._supplies[name].next()
             if not unit.ids:
                 continue
-            if name != "synthetic" or len(unit.ids) <= room or room == self._width:
+            if name != "synthetic" or len(unit.ids) <= room or room == self._rows.width:
                 return name, unit
             rest.appendleft(unit)
         return behind[0], None

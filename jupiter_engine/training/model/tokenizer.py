@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from jupiter_engine.checkpoints.model_folder import publish
 from jupiter_engine.errors import NotEnoughData
 from jupiter_engine.files import write_atomic
 
@@ -91,3 +92,12 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, context: int) -> None
         "chat_template": CHAT_TEMPLATE,
     }
     write_atomic(folder / "tokenizer_config.json", msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n")
+
+
+def publish_tokenizer(target: Path, tokenizer: Tokenizer, *, context: int) -> None:
+    """A folder that TextCodec and write_scratch open: the tokenizer's files and the ids that end an answer."""
+    with publish(target) as folder:
+        write_tokenizer(folder, tokenizer, context=context)
+        ends = [tokenizer.token_to_id(token) for token in (TURN_END, END_OF_TEXT)]
+        ids = {"eos_token_id": ends, "pad_token_id": ends[1]}
+        write_atomic(folder / "config.json", msgspec.json.encode(ids))
