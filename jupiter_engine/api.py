@@ -9,7 +9,7 @@ engine process, which `ensure_engine` starts if none lives.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,9 +25,11 @@ from jupiter_engine.orchestrator.comparison import Summary as RunSummary
 from jupiter_engine.orchestrator.comparison import compare as compare_runs
 from jupiter_engine.orchestrator.database import Database, Recorded, SampleView
 from jupiter_engine.orchestrator.lineage import Lineage, trace
+from jupiter_engine.orchestrator.planner import nearest_text, question_of
 from jupiter_engine.orchestrator.review import in_review_share
 from jupiter_engine.orchestrator.sentences import progress_text, result_text, sentence
 from jupiter_engine.orchestrator.state import apply
+from jupiter_engine.planning.plan import Outlook, outlook
 from jupiter_engine.protocol.commands import AnyCommand
 from jupiter_engine.protocol.facts import Metric, Progress
 from jupiter_engine.protocol.fleet import NodeFacts
@@ -51,6 +53,7 @@ __all__ = [
     "NodeFacts",
     "Offer",
     "OfferedKey",
+    "Outlook",
     "RankLog",
     "Recorded",
     "RunSummary",
@@ -58,6 +61,7 @@ __all__ = [
     "Workspace",
     "compare_runs",
     "find_workspace",
+    "nearest_text",
     "progress_text",
     "result_text",
     "sentence",
@@ -294,6 +298,27 @@ class Workspace:
             except ConfigError as error:
                 found.append(error)
         return found
+
+    # -- planning --------------------------------------------------------------------------------
+    def outlook(
+        self,
+        domain: str,
+        *,
+        preset: str | None = None,
+        tokens: int | None = None,
+        facts: Mapping[str, NodeFacts] | None = None,
+        compare: bool = True,
+    ) -> Outlook:
+        """The planner's answer for a domain's training, or for a model of `preset` from scratch.
+
+        `facts`: by node, of machines that were asked just now; others count as they said last, or as the cluster
+        file describes them. `compare`: whether other ways are worked out as well.
+        """
+        settings, cluster = self.domain(domain).value, self.cluster().value
+        asked = question_of(
+            self.root, self._state, domain, settings, cluster, facts=facts, preset=preset, tokens=tokens
+        )
+        return outlook(asked, compare=compare)
 
     # -- machines --------------------------------------------------------------------------------
     def fleet(self) -> FleetThread:

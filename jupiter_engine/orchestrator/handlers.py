@@ -11,6 +11,7 @@ from jupiter_engine.cluster.placement import require_duties
 from jupiter_engine.errors import UsageError
 from jupiter_engine.orchestrator.database import Database
 from jupiter_engine.orchestrator.plan import candidate_of, run_name
+from jupiter_engine.orchestrator.planner import require_workable
 from jupiter_engine.protocol import commands as c
 from jupiter_engine.protocol import journal as j
 from jupiter_engine.protocol.state import CycleState, State
@@ -66,12 +67,15 @@ class CommandHandlers:
             )
         if busy is not None:
             raise UsageError(f"cycle {busy.id} is already running", fix="`jupiter status` shows it")
-        require_duties(load_cluster(self._root / "config" / "cluster.yaml").value)
+        cluster = load_cluster(self._root / "config" / "cluster.yaml").value
+        require_duties(cluster)
         unfinished = [
             x for x in state.cycles.values() if x.domain == command.domain and x.status in ("paused", "failed")
         ]
         if unfinished:
             return [self._continued(unfinished[-1], command)]
+        settings = load_domain(domain_file(self._root, command.domain)).value
+        require_workable(self._root, state, command.domain, settings, cluster)
         return [self.new_cycle(state, command.domain, mode=command.mode, remaining=command.cycles - 1, by=command.by)]
 
     def _continued(self, cycle: CycleState, command: c.StartCycles) -> j.CycleStatus:

@@ -44,7 +44,7 @@ def weights_of(shape: Shape, seed: int = 0) -> dict[str, np.ndarray[Any, np.dtyp
 
 
 def _batches(shape: Shape, recipe: Recipe, seed: int) -> list[Any]:
-    from jupiter_engine.training.loop import Batch
+    from jupiter_engine.training.trainer import Batch
 
     rng = np.random.default_rng(seed)
     size = (recipe.micro_batch_sequences, recipe.sequence_tokens)
