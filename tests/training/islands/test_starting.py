@@ -36,7 +36,7 @@ while time.monotonic() < deadline:
     time.sleep(0.02)
 if order["status"]:
     with open(folder + "/events.jsonl", "a") as file:
-        file.write('{"fact":"failed","seq":1,"detail":"the disk \\u001b[31m is full"}\\n')
+        file.write('{"fact":"failed","seq":1,"detail":"the disk \\\\u001b[31m is full"}\\n')
 sys.exit(order["status"])
 """
 
