@@ -136,6 +136,8 @@ def _check_and_resolve(settings: DomainSettings, found: Findings) -> DomainSetti
     _check_review(settings.review, found)
     _check_mix(settings.mix, found)
     _check_training(settings.training, found)
+    _check_method(settings.training, found)
+    _check_held_out(settings, found)
     _check_gate(settings, found)
     folder = found.path.absolute().parent
     base = _named_or_path(found, "base", settings.base, BASES, folder)
@@ -320,6 +322,36 @@ def _check_training(recipe: Recipe, found: Findings) -> None:
         found.problem("training.preset", "has no meaning unless `start: scratch`; remove it")
     if recipe.schedule.kind == "constant" and found.given("training.schedule.final_share"):
         found.warn("training.schedule.final_share", "has no effect with `kind: constant`")
+
+
+def _check_method(recipe: Recipe, found: Findings) -> None:
+    """What is trained, on what, and from where must go together."""
+    scratch = recipe.start == "scratch"
+    if recipe.method == "pretrain" and not scratch:
+        found.problem("training.method", "is `pretrain`, which needs `start: scratch`; a trained model is `continued`")
+    elif recipe.method in ("continued", "sft") and scratch:
+        text = f"is `{recipe.method}`, which needs a trained model; with `start: scratch` write `pretrain` or `auto`"
+        found.problem("training.method", text)
+    if recipe.update == "lora" and scratch:
+        found.problem("training.update", "is `lora`, but beside random weights adapters learn nothing; use `full`")
+    if found.given("training.lora") and recipe.update != "lora":
+        found.warn("training.lora", "has no effect with `update: full`")
+    if recipe.tokenizer == "corpus" and not scratch:
+        text = "is `corpus`, but a trained model only knows its own tokenizer; use it with `start: scratch`"
+        found.problem("training.tokenizer", text)
+    if found.given("training.vocabulary") and recipe.tokenizer != "corpus":
+        found.warn("training.vocabulary", "has no effect without `tokenizer: corpus`")
+    if recipe.method == "sft" and found.given("mix"):
+        found.warn("mix", "has no effect with `training.method: sft`, which trains on samples only")
+
+
+def _check_held_out(settings: DomainSettings, found: Findings) -> None:
+    if settings.training.early_stop.every_steps and settings.evaluation.slices < 2:
+        text = (
+            "is 1, but training.early_stop needs a vault slice that the gate's look does not measure with; "
+            "use 2 or more, or early_stop.every_steps: 0"
+        )
+        found.problem("evaluation.slices", text)
 
 
 def _check_gate(settings: DomainSettings, found: Findings) -> None:

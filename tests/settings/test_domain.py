@@ -89,6 +89,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "review.share": {"review": {"mode": "sample", "share": 0.3}},
     "training.start": {"training__start": "./model"},
     "training.preset": {"training": {"start": "scratch", "preset": "125m"}},
+    "training.tokenizer": {"training": {"start": "scratch", "preset": "125m", "tokenizer": "corpus"}},
+    "training.method": {"training__method": "sft"},
+    "training.lora.targets": {"training__lora__targets": ["q_proj"]},
+    "training.recompute_activations": {"training__recompute_activations": True},
     "training.micro_batch_sequences": {"training__micro_batch_sequences": 4},
     "training.batch_sequences": {"training__batch_sequences": 16},
     "gate.min_windows": {"gate__min_windows": 30},
@@ -117,7 +121,7 @@ def _change_of(key: str, item: mi.Field) -> dict[str, Any]:
 
 
 KEYS = dict(leaves(mi.type_info(DomainSettings)))
-ONE_VALUE = {"schema", "training.optimizer", "training.optimizer.name"}
+ONE_VALUE = {"schema"}
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -221,6 +225,23 @@ RULES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "scratch without preset": ({"training": {"start": "scratch"}}, ("`training.preset` is missing",)),
     "preset without scratch": ({"training__preset": "125m"}, ("`training.preset` has no meaning",)),
+    "pretraining a trained model": ({"training__method": "pretrain"}, ("`training.method`", "needs `start: scratch`")),
+    "fine-tuning nothing": (
+        {"training": {"start": "scratch", "preset": "125m", "method": "sft"}},
+        ("`training.method` is `sft`", "needs a trained model"),
+    ),
+    "adapters beside random weights": (
+        {"training": {"start": "scratch", "preset": "125m", "update": "lora"}},
+        ("`training.update` is `lora`", "use `full`"),
+    ),
+    "another tokenizer for a trained model": (
+        {"training__tokenizer": "corpus"},
+        ("`training.tokenizer` is `corpus`", "start: scratch"),
+    ),
+    "one slice for two uses": (
+        {"evaluation__slices": 1, "training__early_stop": {"every_steps": 5}},
+        ("`evaluation.slices` is 1", "2 or more"),
+    ),
     "too few windows": (
         {"gate": {"primary": "vault_bpb"}, "evaluation__windows": 20},
         ("`gate.min_windows` is 40", "evaluation.windows = 20"),
@@ -263,6 +284,9 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
     "English wording": ({"domain__language": "es"}, "will ask in English"),
     "keywords unused": ({"domain__keywords": ["granite"]}, "`domain.keywords` has no effect"),
     "no fitness": ({"evaluation__fitness_chunks": 0}, "cannot see whether a candidate still generates well"),
+    "lora unused": ({"training__lora": {"rank": 4}}, "`training.lora` has no effect"),
+    "vocabulary unused": ({"training__vocabulary": 1000}, "`training.vocabulary` has no effect"),
+    "mix unused": ({"training__method": "sft", "mix__synthetic": 0.3}, "`mix` has no effect"),
     "constant": (
         {"training__schedule": {"kind": "constant", "final_share": 0.5}},
         "has no effect with `kind: constant`",
