@@ -209,7 +209,11 @@ class Training:
         recipe, halted = self._recipe, False
         try:
             while self._step < recipe.steps and not halted and not self._early.over:
-                asked, better = self._one_step()
+                carried_out = self._one_step()
+                if carried_out is None:
+                    # A halt is asked for again before the next step, which there is.
+                    continue
+                asked, better = carried_out
                 last = self._step == recipe.steps
                 over = last or self._early.over
                 halted = asked and not over
@@ -247,8 +251,8 @@ class Training:
                 fix="start the run again; it goes on from the last checkpoint",
             )
 
-    def _one_step(self) -> tuple[bool, bool]:
-        """Carry out a step, or take it back. Returns (was a halt asked for, is this the best measured state?)."""
+    def _one_step(self) -> tuple[bool, bool] | None:
+        """Carry out a step. Returns (was a halt asked for, is this the best measured state?); None: taken back."""
         recipe, step = self._recipe, self._step
         tokens = self._step_tokens[step]
         computed = self._group.compute(
@@ -263,8 +267,7 @@ class Training:
         if wrong is not None:
             self._group.discard()
             self._take_back(wrong)
-            # The halt is asked for again before the next step, which there is.
-            return False, False
+            return None
         rate = learning_rate(recipe.schedule, recipe.optimizer.learning_rate, self._tokens + tokens, self._tokens_total)
         done = self._group.apply(rate)
         self._step, self._tokens = step + 1, self._tokens + tokens

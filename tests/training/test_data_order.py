@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jupiter_engine.training.data_order import BatchOrder, counted_tokens, micro_batches, rank_rows
+from jupiter_engine.training.data_order import BatchOrder, batch_number, counted_tokens, micro_batches
 
 
 @given(rows=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(0, 1000))
@@ -26,12 +26,18 @@ def test_the_order_is_the_documented_one_and_needs_no_history() -> None:
     assert BatchOrder(10, 4, seed=8).batch(2).tolist() != order.batch(2).tolist()
 
 
-@given(rows=st.integers(0, 30), ranks=st.integers(1, 5), size=st.integers(1, 7))
-def test_ranks_and_micro_batches_partition_a_batch(rows: int, ranks: int, size: int) -> None:
+@given(rows=st.integers(0, 30), size=st.integers(1, 7))
+def test_micro_batches_partition_a_ranks_rows(rows: int, size: int) -> None:
     batch = np.arange(rows) * 3
-    parts = [part for rank in range(ranks) for part in micro_batches(rank_rows(batch, rank, ranks), size)]
-    assert sorted(int(row) for part in parts for row in part) == batch.tolist()
+    parts = list(micro_batches(batch, size))
+    assert [int(row) for part in parts for row in part] == batch.tolist()
     assert all(0 < len(part) <= size for part in parts)
+
+
+@given(step=st.integers(0, 60), skipped=st.sets(st.integers(0, 60)))
+def test_a_step_trains_on_the_batch_of_its_turn_among_those_not_left_out(step: int, skipped: set[int]) -> None:
+    left = [number for number in range(200) if number not in skipped]
+    assert batch_number(step, sorted(skipped)) == left[step]
 
 
 def test_the_first_column_of_a_mask_never_counts() -> None:
