@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
@@ -34,12 +34,13 @@ from jupiter_engine.protocol.orders import IslandOrder, TrainOrder
 from jupiter_engine.protocol.shapes import tensor_shapes
 from jupiter_engine.protocol.specs import IslandSpec
 from jupiter_engine.training.distributed.islands.carrier import Carrier, Ssh
+from jupiter_engine.training.distributed.islands.copies import HubCopies, adopt
 from jupiter_engine.training.distributed.islands.hub import Hub, HubRun
 from jupiter_engine.training.distributed.islands.island import block_tokens
 from jupiter_engine.training.distributed.islands.keeping import Keeper
 from jupiter_engine.training.distributed.islands.local import LocalIsland
 from jupiter_engine.training.distributed.islands.payload import Payload, Source, of_arrays, write_payload
-from jupiter_engine.training.distributed.islands.starting import RemoteIsland
+from jupiter_engine.training.distributed.islands.starting import Machine, RemoteIsland
 from jupiter_engine.worker.context import Halt, RunContext
 from jupiter_engine.worker.train import Job, Trained, check, rewind_metrics
 
@@ -78,7 +79,11 @@ def run(context: RunContext, order: TrainOrder) -> None:
     folder = context.folder.absolute()
     islands = order.launch.islands
     listener = HubListener(context, order)
+    taken_over = adopt(folder)
+    if taken_over:
+        context.note(taken_over)
     keepers = [_keeper(order, island, folder) for island in islands]
+    copies = _copies(order, folder, listener)
     with _start_weights(job) as (shapes, start):
         hub = Hub(
             folder,
@@ -95,7 +100,7 @@ def run(context: RunContext, order: TrainOrder) -> None:
             owner=Owner.me(),
             gone=owner_gone,
             carriers=_carriers(order, folder),
-            tend=lambda: _tend(keepers, listener),
+            tend=lambda: _tend(keepers, listener, copies, hub),
         )
         ended = False
         try:
@@ -115,6 +120,8 @@ def run(context: RunContext, order: TrainOrder) -> None:
                     keeper.end(grace_s=_END_S)
                 else:
                     keeper.leave()
+            if copies is not None:
+                copies.close()
             hub.close()
     write_json(context.folder / "trained.json", Trained(result=result))
     context.finish(result)
@@ -226,7 +233,41 @@ def _carriers(order: TrainOrder, folder: Path) -> dict[str, Carrier]:
     }
 
 
-def _tend(keepers: list[Keeper], listener: HubListener) -> None:
+class _Copies:
+    """A second copy of what is merged on an island's machine; says once when that fails."""
+
+    def __init__(self, copies: HubCopies, listener: HubListener) -> None:
+        self._copies, self._listener = copies, listener
+        self._problem = ""
+
+    def look(self, hub: Hub) -> None:
+        current = hub.ledger.current()
+        if current is not None:
+            self._copies.look(current.number)
+        problem = self._copies.problem
+        if problem and not self._problem:
+            self._listener.note(
+                f"What is merged could not be copied to {self._copies.machine.name}: {problem}", "warning"
+            )
+        self._problem = problem
+
+    def close(self) -> None:
+        self._copies.close()
+
+
+def _copies(order: TrainOrder, folder: Path, listener: HubListener) -> _Copies | None:
+    """To the first island's machine that is not this one; None: there is none."""
+    leader = next((one.leader for one in order.launch.islands if one.leader is not None and one.leader.ssh), None)
+    if leader is None:
+        return None
+    there = PurePosixPath(leader.run_folder).with_name(folder.name)
+    machine = Machine(leader.name, leader.ssh, order.launch.ssh_config)
+    return _Copies(HubCopies(folder, machine, str(there)), listener)
+
+
+def _tend(keepers: list[Keeper], listener: HubListener, copies: _Copies | None, hub: Hub) -> None:
+    if copies is not None:
+        copies.look(hub)
     for keeper in keepers:
         while not keeper.said.empty():
             listener.note(*keeper.said.get())
