@@ -71,6 +71,7 @@ CHANGES = {
     "islands.hub": ISLANDS + "islands: {groups: [mac-1.local], hub: mac-2.local}",
     "islands.rounds": ISLANDS + "islands: {groups: [mac-1.local], rounds: {round_s: 60}}",
     "islands.rounds.round_s": ISLANDS + "islands: {groups: [mac-1.local], rounds: {round_s: 60}}",
+    "islands.rounds.max_steps": ISLANDS + "islands: {groups: [mac-1.local], rounds: {max_steps: 50}}",
     "islands.rounds.quorum": ISLANDS + "islands: {groups: [mac-1.local, mac-2.local], rounds: {quorum: 2}}",
     "islands.rounds.grace_s": ISLANDS + "islands: {groups: [mac-1.local], rounds: {grace_s: 5}}",
     "islands.rounds.payload": ISLANDS + "islands: {groups: [mac-1.local], rounds: {payload: int8}}",

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jupiter_engine.checkpoints.tensors import FileRecord
+from jupiter_engine.files import write_json
+from jupiter_engine.training.distributed.islands import exchange
 from jupiter_engine.training.distributed.islands.copies import HubCopies, adopt, state_folder
 from jupiter_engine.training.distributed.islands.ledger import Ledger, RoundFiles
 from jupiter_engine.training.distributed.islands.payload import of_arrays, shapes_of, write_payload
@@ -128,3 +131,30 @@ def test_one_copy_stays_and_a_round_is_copied_once(tmp_path: Path) -> None:
     (copy,) = (second / "copies").iterdir()
     assert copy.name == "00000002.00000001"
     ledger.close()
+
+
+def test_a_hub_that_goes_on_from_an_older_round_is_followed(tmp_path: Path) -> None:
+    for number, fence in ((4, 2), (5, 2), (4, 1002)):
+        folder = exchange.round_folder(tmp_path, number)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / exchange.BASE).write_bytes(b"x" * 8)
+        plan = exchange.Plan(
+            round=number,
+            fence=fence,
+            base=FileRecord(sha256="0" * 64, bytes=8),
+            deadline_s=1.0,
+            patience_s=1.0,
+            max_steps=0,
+            tokens_done=0,
+            tokens_total=8,
+            leases={},
+        )
+        write_json(folder / exchange.PLAN, plan)
+        found = exchange.newest_plan(tmp_path)
+        assert found is not None
+        assert (found.round, found.fence) == (number, fence)
+    # Its base has not arrived in full: the plan before it stands.
+    (exchange.round_folder(tmp_path, 4) / exchange.BASE).write_bytes(b"x")
+    found = exchange.newest_plan(tmp_path)
+    assert found is not None
+    assert (found.round, found.fence) == (5, 2)

@@ -129,18 +129,20 @@ def read(path: Path, kind: type[_T]) -> _T | None:
 
 
 def newest_plan(exchange: Path) -> Plan | None:
-    """The plan of the newest round whose base is there in full."""
+    """The plan of the newest round whose base is there in full, of the hub with the highest fence: one that took over
+    an older copy of the state goes on from an older round than islands may have seen."""
+    found: Plan | None = None
     for number in reversed(rounds(exchange)):
         folder = round_folder(exchange, number)
         plan = read(folder / PLAN, Plan)
-        if plan is None or plan.round != number:
+        if plan is None or plan.round != number or (found is not None and plan.fence <= found.fence):
             continue
         try:
             if (folder / BASE).stat().st_size == plan.base.bytes:
-                return plan
+                found = plan
         except FileNotFoundError:
             continue
-    return None
+    return found
 
 
 def attempts(exchange: Path, number: int) -> dict[tuple[str, int], Path]:
