@@ -7,16 +7,25 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from jupiter_engine.cluster import upkeep
 from jupiter_engine.cluster.fleet import Fleet
 from jupiter_engine.cluster.fleet_thread import FleetThread
-from jupiter_engine.cluster.link import has_leave
+from jupiter_engine.cluster.link import give_leave, has_leave
 from jupiter_engine.errors import JupiterError, UsageError
 from jupiter_engine.protocol.fleet import Finding, Transfer
 from jupiter_engine.remote.host_keys import KnownHosts
-from jupiter_engine.settings.cluster import ClusterSettings, ConnectionSettings, GroupSpec, NodeSpec
+from jupiter_engine.settings.cluster import (
+    HUB,
+    ClusterSettings,
+    ConnectionSettings,
+    GroupSpec,
+    IslandsSettings,
+    NodeSpec,
+    hub_group,
+)
 from tests.sshd import Sshd, free_port, start_sshd
 
 QUICK = ConnectionSettings(connect_timeout_s=5.0, keepalive_s=2.0, reconnect_max_s=1.0)
@@ -73,6 +82,27 @@ async def test_a_link_needs_a_group_and_every_node_of_it(tmp_path: Path, server:
         with pytest.raises(JupiterError, match="refuses connections"):
             await upkeep.link_group(fleet, "pair")
     assert not has_leave(fleet.root, group)
+
+
+def test_the_hub_of_islands_is_linked_like_a_group(tmp_path: Path) -> None:
+    nodes = tuple(NodeSpec(host=name, device_type="cpu") for name in ("a", "b", "c", "d"))
+    cluster = ClusterSettings(
+        nodes=nodes,
+        groups=(GroupSpec(name="pair", nodes=("a", "b")),),
+        islands=IslandsSettings(groups=("pair", "d"), hub="c"),
+    )
+    found = upkeep.groups_named(cluster, None)
+    assert [(group.name, group.nodes) for group in found] == [("pair", ("a", "b")), (HUB, ("c", "a", "d"))]
+    assert upkeep.groups_named(cluster, HUB) == found[1:]
+    # Any machine of an island may have to merge one day, or be called because it leads: leave is for all of them.
+    whole = hub_group(cluster, whole=True)
+    assert whole is not None
+    give_leave(tmp_path, cluster, whole)
+    for names in (("c", "a", "d"), ("d", "b"), ("a", "d")):
+        assert has_leave(tmp_path, GroupSpec(name=HUB, nodes=names))
+    assert not has_leave(tmp_path, GroupSpec(name=HUB, nodes=("c", "e")))
+    with pytest.raises(UsageError, match=r"no group 'islands' \(there: pair\)"):
+        upkeep.groups_named(msgspec.structs.replace(cluster, islands=IslandsSettings()), HUB)
 
 
 async def test_what_is_known_of_a_machine_outlives_a_change_of_the_file(tmp_path: Path, server: Sshd) -> None:
