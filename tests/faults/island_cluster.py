@@ -20,7 +20,8 @@ ISLANDS = {"macs": "node2", "boxes": "node3"}
 class IslandCluster(Cluster):
     """This machine does everything but the training, and trains nothing."""
 
-    def __init__(self, rig: Rig, root: Path, *, steps: int, round_s: float = 10.0, more: str = "") -> None:
+    def __init__(self, rig: Rig, root: Path, *, steps: int, round_s: float = 10.0, max_steps: int = 4) -> None:
+        """`max_steps`: of an island in a round; the torch one would else make dozens."""
         self.rig, self.root, self.steps, self.engine = rig, root, steps, None
         make_workspace(root, domain=domain(steps=steps, twin="mlx"))
         kinds = {"node1": "cpu", "node2": "mac", "node3": "cpu"}
@@ -36,10 +37,11 @@ class IslandCluster(Cluster):
         (root / "config" / "cluster.yaml").write_text(
             "nodes:\n  - {host: localhost, name: here, device_type: cpu, role: hybrid, can_train: false}\n"
             f"{nodes}groups:\n{groups}"
-            f"islands: {{groups: [macs, boxes], hub: node1, rounds: {{round_s: {round_s}, grace_s: 30, quorum: 1}}}}\n"
+            "islands:\n  groups: [macs, boxes]\n  hub: node1\n"
+            f"  rounds: {{round_s: {round_s}, max_steps: {max_steps}, grace_s: 30, quorum: 1}}\n"
             "launch: {threads_per_rank: 1}\n"
             "connection: {keepalive_s: 3, connect_timeout_s: 5, reconnect_max_s: 2}\n"
-            f"retries: {{node_lost_after_s: {LOST_AFTER_S}, group_restarts_per_hour: 20}}\n{more}"
+            f"retries: {{node_lost_after_s: {LOST_AFTER_S}, group_restarts_per_hour: 20}}\n"
         )
         (root / ".jupiter").mkdir(exist_ok=True)
         (root / ".jupiter" / "known_hosts").write_bytes(rig.known_hosts.read_bytes())

@@ -84,3 +84,20 @@ def test_islands_of_both_frameworks_outlive_their_worker_and_their_hub(cluster: 
 
     cluster.finish(600.0)
     check_whole(cluster)
+
+
+def test_an_islands_machine_merges_when_that_of_the_hub_is_gone(cluster: IslandCluster) -> None:
+    hub, macs, _ = cluster.rig.hosts
+    cluster.jupiter("nodes", "link", "--group", "islands")
+    cluster.start()
+    cluster.wait(lambda: list(cluster.run_on(macs).glob("copies/[0-9]*")), "a copy of the hub's state", 240.0)
+    cluster.wait(lambda: rounds(cluster) >= 2, "two merges", 180.0)
+    hub.power_off()
+    cluster.wait_for_notice("node1 has not answered", "node2 takes over", timeout_s=240.0)
+    cluster.wait_for_notice("Taken over from another machine's hub", timeout_s=120.0)
+    hub.boot()
+    cluster.finish(600.0)
+    check_whole(cluster)
+    started = [text for text in cluster.notices() if "-train works on" in text]
+    assert started[0].endswith("works on node1, node2, node3")
+    assert started[1].endswith("works on node2, node3")
