@@ -182,8 +182,12 @@ def test_every_collective_runs_on_the_cpu_stream(sharding: str, tmp_path: Path) 
 
 def test_arrays_arrive_bit_by_bit(tmp_path: Path) -> None:
     found = run(tmp_path, 2, "transport")
-    sent = {"nan": np.array([np.nan, -0.0, np.inf], np.float32), "bytes": np.arange(7, dtype=np.uint8),
-            "none": np.zeros((0, 3), np.float32), "one": np.array(5, np.uint64)}  # fmt: skip
+    sent: dict[str, np.ndarray] = {
+        "nan": np.array([np.nan, -0.0, np.inf], np.float32),
+        "bytes": np.arange(7, dtype=np.uint8),
+        "none": np.zeros((0, 3), np.float32),
+        "one": np.array(5, np.uint64),
+    }
     for name, value in sent.items():
         for rank in (0, 1):
             got = found[rank][f"b:{name}"]

@@ -13,7 +13,7 @@ jaccl and nccl have and the TCP ring has not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -112,7 +112,8 @@ class Gatherer:
                 for part, shape, shard in zip(parts, shapes, shards, strict=True)
             ]
 
-        return gather
+        function: Callable[[list[mx.array]], list[mx.array]] = cast(Any, gather)
+        return function
 
 
 def check_fsdp(group: mx.distributed.Group, shapes: Mapping[str, Sequence[int]]) -> None:
