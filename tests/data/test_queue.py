@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jupiter_engine.data.queue import pack
+from jupiter_engine.data.queue.best_fit import fullest
 from jupiter_engine.data.queue.pack import Class, Unit
 from jupiter_engine.data.queue.snapshot import MANIFEST, read_snapshot, write_snapshot
 from jupiter_engine.errors import NotEnoughData, StateError
@@ -150,12 +153,136 @@ def test_a_sample_is_never_cut_unless_it_is_longer_than_a_row() -> None:
                 assert ids.count(2) == 2
 
 
-def test_only_samples_longer_than_the_room_leave_padding_that_counts_nowhere() -> None:
-    only = MixSpec(real_docs=0, real_code=0, synthetic=1, real_floor=0.0)
-    found = packed(docs=0, code=0, samples=3, sequences=4, mix=only)
-    padded = found.tokens[0] == END
-    assert padded.sum() > 1
-    assert found.loss_mask[0][padded].sum() == 1
+ONLY_SAMPLES = MixSpec(real_docs=0, real_code=0, synthetic=1, real_floor=0.0)
+
+
+def test_samples_that_cannot_fill_a_row_leave_padding_that_counts_nowhere() -> None:
+    # A sample has 23 tokens; a row of 33 holds one.
+    found = packed(docs=0, code=0, samples=3, sequences=4, mix=ONLY_SAMPLES)
+    assert found.padding_tokens == 4 * (32 - 23)
+    for tokens, mask, segments in zip(found.tokens, found.loss_mask, found.segments, strict=True):
+        assert (tokens[23:] == END).all()
+        assert not mask[23:].any()
+        assert set(segments[:23].tolist()) == {0}
+        assert set(segments[23:].tolist()) == {1}, "the padding is a segment of its own"
+
+
+def made_samples(lengths: Sequence[int]) -> list[Callable[[], Unit]]:
+    """Units of the given lengths, each of tokens that only it has; every other token counts."""
+
+    def unit(number: int, length: int) -> Callable[[], Unit]:
+        return lambda: Unit(str(number), [10 + number] * length, [n % 2 for n in range(length)])
+
+    return [unit(number, length) for number, length in enumerate(lengths)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    sequences=st.integers(1, 12),
+    synthetic=st.sampled_from([0.3, 1.0]),
+)
+def test_every_counted_token_is_a_placed_units(lengths: list[int], sequences: int, synthetic: float) -> None:
+    """The sum over the units that were placed, found again in the arrays, is what the arrays count."""
+    mix = MixSpec(real_docs=1 - synthetic, real_code=0, synthetic=synthetic, real_floor=0.0)
+    text = [chunk(f"d{n}", document=f"dd{n}", text=f"docs {n:03d} " * 8) for n in range(3)]
+    found_units = pack.real_units(text, ByteCodec(), weights={}, document_source={}, seed=0)
+    found_units["synthetic"] = made_samples(lengths)
+    try:
+        found = pack.pack(found_units, mix, sequences=sequences, sequence_tokens=32, end_id=END)
+    except NotEnoughData:
+        assert max(lengths) == 1, "a sample of one token has no target"
+        return
+    counted = padding = cut = 0
+    for tokens, segments in zip(found.tokens, found.segments, strict=True):
+        for segment in range(int(segments.max()) + 1):
+            where = np.flatnonzero(segments == segment)
+            ids = tokens[where]
+            if synthetic == 1.0:
+                if (ids == END).all():
+                    padding += int((where < 32).sum())
+                    continue
+                length = lengths[int(ids[0]) - 10]
+                assert (ids == ids[0]).all()
+                assert len(ids) == min(length, 33), "a sample stands whole, or its first 33 tokens where it is longer"
+                counted += sum(n % 2 for n in range(1, len(ids)))
+                cut += length > 33
+    assert found.counted_tokens == int(found.loss_mask[:, 1:].sum()) == int(found.loss_mask.sum())
+    if synthetic == 1.0:
+        assert (found.counted_tokens, found.padding_tokens, found.cut_samples) == (counted, padding, cut)
+    else:
+        assert found.padding_tokens == 0, "real text fills every gap"
+
+
+def test_rows_of_samples_are_at_least_99_percent_useful() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.2, 0.6, 3000), 12, 256).astype(int).tolist()
+    found = pack.pack(
+        {"synthetic": made_samples(lengths)}, ONLY_SAMPLES, sequences=600, sequence_tokens=256, end_id=END
+    )
+    assert found.padding_tokens <= 0.01 * 600 * 256
+    assert found.cut_samples == 0
+    assert found.epochs["synthetic"] <= 1.02, "gaps are not filled by repeating the short samples again and again"
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=st.lists(st.integers(0, 30), max_size=9), width=st.integers(1, 60))
+def test_the_fullest_choice_is_the_fullest(lengths: list[int], width: int) -> None:
+    chosen = fullest(lengths, width)
+    every = [
+        sum(lengths[number] for number in range(len(lengths)) if choice >> number & 1)
+        for choice in range(1 << len(lengths))
+    ]
+    assert sum(lengths[number] for number in chosen) == max(total for total in every if total <= width)
+
+
+def test_few_different_lengths_are_packed_tightly_too() -> None:
+    # Best-fit decreasing alone would put 2 x 40 into rows of 100 and leave a fifth empty.
+    found = pack.pack(
+        {"synthetic": made_samples([40, 30] * 50)}, ONLY_SAMPLES, sequences=20, sequence_tokens=99, end_id=END
+    )
+    assert found.padding_tokens <= 0.01 * 20 * 99
+    assert found.epochs["synthetic"] == 1.0
+
+
+def test_samples_are_used_once_before_any_is_repeated() -> None:
+    found = pack.pack(
+        {"synthetic": made_samples([8] * 100)}, ONLY_SAMPLES, sequences=20, sequence_tokens=39, end_id=END
+    )
+    assert found.sample_ids == 100
+    assert found.epochs == {"synthetic": 1.0}
+    assert found.padding_tokens == 0
+
+
+VAULT = [
+    chunk(f"v{n}", document=f"vd{n}", split="vault", slice=n % 3, text=f"vault {n:02d} slice {n % 3} ")
+    for n in range(30)
+]
+
+
+def test_held_out_rows_are_vault_text_of_one_slice() -> None:
+    train = [chunk(f"t{n}", document=f"td{n}", text="train ") for n in range(5)]
+    found = pack.held_out_rows([*train, *VAULT], ByteCodec(), slice_number=1, sequences=4, sequence_tokens=32, seed=0)
+    text = bytes(t - 3 for t in found.tokens.reshape(-1).tolist() if t != END).decode()
+    assert found.tokens.shape == found.loss_mask.shape == found.segments.shape == (4, 33)
+    assert "slice 1" in text
+    assert not any(word in text for word in ("slice 0", "slice 2", "train"))
+    starts = np.diff(found.segments.astype(int), axis=1, prepend=-1) != 0
+    assert not found.loss_mask[starts].any()
+    assert found.loss_mask[~starts].all()
+    other = pack.held_out_rows(VAULT, ByteCodec(), slice_number=1, sequences=4, sequence_tokens=32, seed=1)
+    assert not np.array_equal(found.tokens, other.tokens)
+
+
+def test_held_out_rows_end_with_the_text() -> None:
+    found = pack.held_out_rows(VAULT, ByteCodec(), slice_number=0, sequences=50, sequence_tokens=32, seed=0)
+    tokens = 10 * len("vault 00 slice 0 ")
+    assert len(found.tokens) == -(-tokens // 33) < 50
+    assert int((found.tokens != END).sum()) == tokens, "every byte once, the rest is padding"
+    padded = found.tokens == END
+    assert not found.loss_mask[padded].any()
+    with pytest.raises(NotEnoughData, match="vault slice 7 holds no text"):
+        pack.held_out_rows(VAULT, ByteCodec(), slice_number=7, sequences=2, sequence_tokens=32, seed=0)
 
 
 def test_the_end_of_text_stands_only_after_a_documents_last_chunk() -> None:
@@ -182,14 +309,17 @@ def test_a_vault_chunk_is_refused() -> None:
         pack.real_units([chunk(split="vault", slice=0)], ByteCodec(), weights={}, document_source={}, seed=0)
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, held_out: pack.HeldOut | None = None) -> Path:
     found = packed()
     write_snapshot(
         folder,
         found,
+        held_out=held_out,
+        held_out_slice=2,
         describe={
             "tokenizer_sha256": "t",
             "vocab_size": 300,
+            "padding_tokens": found.padding_tokens,
             "distinct_tokens": found.distinct_tokens,
             "mix": found.mix,
             "epochs": found.epochs,
@@ -209,6 +339,36 @@ def test_a_snapshot_reads_back_as_memory_maps(tmp_path: Path) -> None:
     assert snapshot.manifest.tokens == int(expected.loss_mask.sum())
     assert (snapshot.manifest.sequences, snapshot.manifest.sequence_tokens) == (40, 32)
     assert len(snapshot.sha256) == 64
+
+
+def test_the_manifest_accounts_for_every_token(tmp_path: Path) -> None:
+    manifest = read_snapshot(write(tmp_path / "snap")).manifest
+    expected = packed()
+    assert manifest.input_tokens == 40 * 32
+    assert manifest.tokens == expected.counted_tokens
+    assert manifest.padding_tokens == expected.padding_tokens == 0
+    assert manifest.held_out is None
+
+
+def test_held_out_rows_are_listed_hashed_and_read(tmp_path: Path) -> None:
+    rows = pack.held_out_rows(VAULT, ByteCodec(), slice_number=2, sequences=3, sequence_tokens=32, seed=0)
+    folder = write(tmp_path / "snap", rows)
+    snapshot = read_snapshot(folder)
+    assert snapshot.held_out is not None
+    assert isinstance(snapshot.held_out.tokens, np.memmap)
+    for name in ("tokens", "loss_mask", "segments"):
+        assert np.array_equal(getattr(snapshot.held_out, name), getattr(rows, name))
+        assert f"held_out_{name}.npy" in snapshot.manifest.files
+    facts = snapshot.manifest.held_out
+    assert facts is not None
+    assert (facts.sequences, facts.tokens, facts.slice) == (3, int(rows.loss_mask.sum()), 2)
+    assert snapshot.sha256 != read_snapshot(write(tmp_path / "without")).sha256
+    data = bytearray((folder / "held_out_tokens.npy").read_bytes())
+    data[-1] ^= 1
+    (folder / "held_out_tokens.npy").write_bytes(data)
+    with pytest.raises(StateError, match=r"held_out_tokens\.npy is damaged"):
+        read_snapshot(folder)
+    assert read_snapshot(tmp_path / "without").held_out is None
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "loss_mask.npy", "segments.npy"])

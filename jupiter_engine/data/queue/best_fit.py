@@ -3,7 +3,10 @@
 The classic bin-packing rule: take the longest sample of the window that is not
 placed yet and put it into the row with the least room that still holds it. No
 sample is cut (unless it alone is longer than a row), and rows opened by one
-window are filled up by the next ones.
+window are filled up by the next ones. Where that leaves gaps, as with few
+different lengths, the rows with the largest gaps are filled anew, each with
+the fullest choice out of what lies in them and the next few samples (subset
+sum over bit sets).
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from typing import Generic, Protocol, TypeVar
 
 WINDOW = 2048
 """Units that are looked at together; more pack a little tighter and stray further from the drawing order."""
-_FULL_ENOUGH = 0.001
+_FULL_ENOUGH = 0.002
 """Gaps of this share of all room are left."""
-_IN_VAIN = 256
+_IN_VAIN = 32
 """So many units in a row that fit no gap end the search."""
+_SPARE = 12
+"""So many units more than it holds are looked at when a row is filled anew."""
 
 
 class Sized(Protocol):
@@ -37,6 +42,7 @@ class BestFit(Generic[U]):
         self._most, self._width = rows, width
         self._open: list[tuple[int, int]] = []  # (room, row), sorted
         self._free = rows * width
+        self._passed_over: list[U] = []
 
     def fill(self, draw: Callable[[], U]) -> None:
         """Place units from `draw` until the rows are full, or nothing drawn fits any more."""
@@ -45,7 +51,26 @@ class BestFit(Generic[U]):
         while self._free > enough and in_vain < _IN_VAIN:
             # sort() is stable: equals stay in drawing order. What finds no gap once all rows are open is passed over.
             for unit in sorted(self._window(draw), key=lambda unit: -len(unit.ids)):
-                in_vain = 0 if self._place(unit) else in_vain + 1
+                if self._place(unit):
+                    in_vain = 0
+                else:
+                    in_vain += 1
+                    self._passed_over.append(unit)
+        self._tighten(draw, enough)
+
+    def _tighten(self, draw: Callable[[], U], enough: float) -> None:
+        """Fill rows anew, those with the largest gaps first, until the gaps are small enough or all have been tried."""
+        pool = self._passed_over[:WINDOW]
+        for room, row in reversed(self._open):
+            if self._free <= enough:
+                break
+            pool += [draw() for _ in range(_SPARE - len(pool))]
+            pool += self.filled[row]
+            chosen = fullest([len(unit.ids) for unit in pool], self._width)
+            self.filled[row] = [pool[number] for number in chosen]
+            pool = [unit for number, unit in enumerate(pool) if number not in chosen]
+            self._free += (self._width - room) - sum(len(unit.ids) for unit in self.filled[row])
+        self._open = []
 
     def _window(self, draw: Callable[[], U]) -> list[U]:
         """The next units for the room that is left, at least one and at most WINDOW."""
@@ -73,3 +98,23 @@ class BestFit(Generic[U]):
             insort(self._open, (room - length, row))
         self._free -= length
         return True
+
+
+def fullest(lengths: list[int], width: int) -> set[int]:
+    """Numbers of the `lengths` (0 and those above `width` are none) that add up closest to `width`, not above it.
+
+    Exact; of equal choices the one with the longest pieces. Costs one shift of a `width`-bit number a length.
+    """
+    order = sorted((number for number, length in enumerate(lengths) if 0 < length <= width), key=lengths.__getitem__)
+    limit = (1 << (width + 1)) - 1
+    reached = [1]  # bit n: some choice of the pieces so far is n long
+    for number in order:
+        reached.append((reached[-1] | reached[-1] << lengths[number]) & limit)
+    left = reached[-1].bit_length() - 1
+    chosen = set()
+    for index in range(len(order) - 1, -1, -1):
+        length = lengths[order[index]]
+        if length <= left and reached[index] >> (left - length) & 1:
+            chosen.add(order[index])
+            left -= length
+    return chosen
