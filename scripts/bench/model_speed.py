@@ -1,9 +1,10 @@
-"""Generation and training speed of the torch twin against transformers, same model, same machine, same run.
+"""Generation speed of the torch twin against transformers, same model, same machine, same run.
 
     .venv/bin/python scripts/bench/model_speed.py --model FOLDER [--batch 16] [--prompt-tokens 300] [--new-tokens 64]
 
 Each pair is measured in turn (ours, theirs, ours, theirs, ...) and the median ratio is printed,
 so that a machine whose speed drifts does not favour either. FOLDER: any model folder of a workspace.
+Training speed: scripts/bench/train.py.
 """
 
 from __future__ import annotations
@@ -15,18 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from jupiter_engine.backends import load_generator
 from jupiter_engine.backends.contract import GenerateRequest
-from jupiter_engine.backends.torch.train import load_weights, open_trainer
 from jupiter_engine.checkpoints.model_folder import verify
-from jupiter_engine.protocol.specs import Recipe
-from jupiter_engine.training.loop import Batch
-
-ROWS, LENGTH = 8, 256
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -75,40 +70,6 @@ def generation(folder: Path, options: argparse.Namespace) -> None:
     compare("generation", "new tokens", options.batch * options.new_tokens, ours, theirs, options.rounds)
 
 
-def training(folder: Path, options: argparse.Namespace) -> None:
-    info = verify(folder)
-    data = np.random.default_rng(0).integers(10, info.vocab_size, (ROWS, LENGTH + 1))
-    half = ROWS // 2
-    trainer = open_trainer(info, Recipe(micro_batch_sequences=half), load_weights(folder))
-
-    def part(rows: slice) -> Batch:
-        tokens = data[rows]
-        whole = np.zeros((half, LENGTH), dtype=np.int64)
-        return Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], segments=whole, counted=whole == 0)
-
-    def ours() -> None:
-        for rows in (slice(0, half), slice(half, ROWS)):
-            trainer.accumulate(part(rows), 1.0 / (ROWS * LENGTH))
-        trainer.reduce()
-        trainer.apply(1e-5, 1.0)
-
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    peer.train()
-    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-5, fused=True)
-
-    def theirs() -> None:
-        for rows in (slice(0, half), slice(half, ROWS)):
-            tokens = torch.tensor(data[rows])
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = peer(tokens, labels=tokens).loss / 2
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    compare("training", "tokens", ROWS * LENGTH, ours, theirs, options.rounds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", type=Path, required=True)
@@ -118,7 +79,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     generation(options.model, options)
-    training(options.model, options)
 
 
 if __name__ == "__main__":
