@@ -107,6 +107,7 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: tuple[int, ...] = ()
     """Most memory that each rank's process (on a GPU: its device) has held so far."""
     mfu: float | None = None
-    """Model FLOP utilisation: 6 N + attention FLOP a token over the devices' peak; None where no peak is known."""
+    """Model FLOP utilisation: 6 N + attention FLOP a token (LoRA: 4 N, frozen weights need no gradient) times
+    `tokens_per_s`, over the sum of the devices' peaks; None where one is not known."""
     held_out_loss: float | None = None
     """Mean cross-entropy in nats on held-out rows after this step, where it was measured."""

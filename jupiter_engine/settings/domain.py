@@ -320,8 +320,65 @@ def _check_training(recipe: Recipe, found: Findings) -> None:
         found.problem("training.preset", f"is missing; `start: scratch` needs one of {', '.join(PRESETS)}")
     if recipe.start != "scratch" and recipe.preset is not None:
         found.problem("training.preset", "has no meaning unless `start: scratch`; remove it")
-    if recipe.schedule.kind == "constant" and found.given("training.schedule.final_share"):
+    _check_schedule(recipe, found)
+    _check_optimizer(recipe, found)
+    _check_stopping(recipe, found)
+
+
+def _check_schedule(recipe: Recipe, found: Findings) -> None:
+    schedule = recipe.schedule
+    if schedule.kind == "constant" and found.given("training.schedule.final_share"):
         found.warn("training.schedule.final_share", "has no effect with `kind: constant`")
+    if schedule.kind != "wsd" and found.given("training.schedule.decay_share"):
+        found.warn("training.schedule.decay_share", f"has no effect with `kind: {schedule.kind}`; only `wsd` uses it")
+    if schedule.kind == "wsd" and schedule.warmup_share + schedule.decay_share > 1.0:
+        text = (
+            f"is {schedule.decay_share:g}, which with warmup_share ({schedule.warmup_share:g}) is more than the whole "
+            f"run; use at most {1.0 - schedule.warmup_share:g}"
+        )
+        found.problem("training.schedule.decay_share", text)
+
+
+def _check_optimizer(recipe: Recipe, found: Findings) -> None:
+    optimizer = recipe.optimizer
+    unused = {
+        "adamw": ("momentum",),
+        "adamw8bit": ("momentum",),
+        "muon": (),
+        "adafactor": ("momentum", "beta1", "beta2", "eps"),
+    }
+    for name in unused[optimizer.name]:
+        if found.given(f"training.optimizer.{name}"):
+            found.warn(f"training.optimizer.{name}", f"has no effect with `name: {optimizer.name}`")
+    targets = recipe.lora.targets
+    if not targets:
+        found.problem(
+            "training.lora.targets", "is an empty list: no projection would get an adapter; name at least one"
+        )
+    elif len(set(targets)) < len(targets):
+        found.problem("training.lora.targets", "names a projection twice; name each once")
+
+
+def _check_stopping(recipe: Recipe, found: Findings) -> None:
+    """Measuring, stopping, storing."""
+    early, guard = recipe.early_stop, recipe.spike_guard
+    for name in ("sequences", "patience", "min_improvement"):
+        if not early.every_steps and found.given(f"training.early_stop.{name}"):
+            found.warn(f"training.early_stop.{name}", "has no effect with `every_steps: 0`: nothing is measured")
+    if early.every_steps > recipe.steps:
+        text = f"is {early.every_steps}, more than the run's {recipe.steps} steps: only the last one is measured"
+        found.warn("training.early_stop.every_steps", text)
+    if not guard.spike_factor and found.given("training.spike_guard.window"):
+        found.warn("training.spike_guard.window", "has no effect with `spike_factor: 0`")
+    if 0.0 < guard.spike_factor <= 1.0:
+        text = f"is {guard.spike_factor:g}: every other step would count as a spike; use more than 1, or 0 for none"
+        found.problem("training.spike_guard.spike_factor", text)
+    if recipe.keep_every_steps % recipe.checkpoint_every_steps:
+        text = (
+            f"is {recipe.keep_every_steps}, not a multiple of checkpoint_every_steps "
+            f"({recipe.checkpoint_every_steps}): most of what it should keep is never written"
+        )
+        found.warn("training.keep_every_steps", text)
 
 
 def _check_method(recipe: Recipe, found: Findings) -> None:

@@ -112,8 +112,13 @@ class ContextReporter:
 
     def begun(self, step: int) -> None:
         """metrics.jsonl then holds each step up to `step` exactly once."""
-        path = checkpoint_folder(self._context.folder) / f"step-{step:08d}" / "metrics.jsonl"
-        rewind_metrics(self._context.folder / "metrics.jsonl", path.read_bytes() if step else b"")
+        path, stored = self._context.folder / "metrics.jsonl", checkpoint_folder(self._context.folder)
+        try:
+            kept = (stored / f"step-{step:08d}" / "metrics.jsonl").read_bytes() if step else b""
+        except FileNotFoundError:
+            # The ranks have gone on and removed it, so they wrote these lines here before.
+            kept = b"".join(path.read_bytes().splitlines(keepends=True)[:step])
+        rewind_metrics(path, kept)
         self._context.progress(step, self._steps, "steps")
 
     def metric(self, metric: Metric) -> None:

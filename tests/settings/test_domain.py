@@ -238,6 +238,22 @@ RULES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"training__tokenizer": "corpus"},
         ("`training.tokenizer` is `corpus`", "start: scratch"),
     ),
+    "no adapters": (
+        {"training__update": "lora", "training__lora": {"targets": []}},
+        ("`training.lora.targets` is an empty list", "name at least one"),
+    ),
+    "an adapter twice": (
+        {"training__update": "lora", "training__lora": {"targets": ["q_proj", "q_proj"]}},
+        ("`training.lora.targets` names a projection twice",),
+    ),
+    "decay longer than the run": (
+        {"training__schedule": {"kind": "wsd", "warmup_share": 0.25, "decay_share": 0.8}},
+        ("`training.schedule.decay_share` is 0.8", "use at most 0.75"),
+    ),
+    "every step a spike": (
+        {"training__spike_guard": {"spike_factor": 0.9}},
+        ("`training.spike_guard.spike_factor` is 0.9", "use more than 1, or 0"),
+    ),
     "one slice for two uses": (
         {"evaluation__slices": 1, "training__early_stop": {"every_steps": 5}},
         ("`evaluation.slices` is 1", "2 or more"),
@@ -287,6 +303,34 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
     "lora unused": ({"training__lora": {"rank": 4}}, "`training.lora` has no effect"),
     "vocabulary unused": ({"training__vocabulary": 1000}, "`training.vocabulary` has no effect"),
     "mix unused": ({"training__method": "sft", "mix__synthetic": 0.3}, "`mix` has no effect"),
+    "decay unused": (
+        {"training__schedule": {"kind": "cosine", "decay_share": 0.5}},
+        "`training.schedule.decay_share` has no effect with `kind: cosine`",
+    ),
+    "momentum unused": (
+        {"training__optimizer": {"momentum": 0.9}},
+        "`training.optimizer.momentum` has no effect with `name: adamw`",
+    ),
+    "betas unused": (
+        {"training__optimizer": {"name": "adafactor", "beta1": 0.8}},
+        "`training.optimizer.beta1` has no effect with `name: adafactor`",
+    ),
+    "patience unused": (
+        {"training__early_stop": {"patience": 3}},
+        "`training.early_stop.patience` has no effect with `every_steps: 0`",
+    ),
+    "measured too seldom": (
+        {"training__early_stop": {"every_steps": 1000}, "training__steps": 20},
+        "only the last one is measured",
+    ),
+    "window unused": (
+        {"training__spike_guard": {"spike_factor": 0, "window": 8}},
+        "`training.spike_guard.window` has no effect with `spike_factor: 0`",
+    ),
+    "checkpoints that are never written": (
+        {"training__keep_every_steps": 7, "training__checkpoint_every_steps": 5},
+        "`training.keep_every_steps` is 7, not a multiple of checkpoint_every_steps (5)",
+    ),
     "constant": (
         {"training__schedule": {"kind": "constant", "final_share": 0.5}},
         "has no effect with `kind: constant`",

@@ -35,7 +35,8 @@ class Ready(Report, frozen=True, kw_only=True, tag="ready"):
 
 
 class Begun(Report, frozen=True, kw_only=True, tag="begun"):
-    """Rank 0 is about to train on from `step` (0: from the beginning)."""
+    """Rank 0 is about to train on from `step` (0: from the beginning): at the start of a launch, and whenever the ranks
+    have gone back to an earlier state after a bad step."""
 
     step: int
 

@@ -94,6 +94,8 @@ class _Launch:
     """Hosts that do not answer the launcher."""
     end: str = ""
     """Why the launcher of several machines ended, in its words."""
+    begun: bool = False
+    """Training goes on: everybody has loaded and joined."""
     last_step: int = 0
     heard: float = field(default_factory=time.monotonic)
     result: dict[str, Any] | None = None
@@ -322,10 +324,12 @@ class Supervisor:
                 # It waits for its hub: nobody stands still.
                 launch.progress.moved_at = time.monotonic()
             case reports.Begun():
-                launch.last_step = report.step
-                for host in launch.hosts:
-                    self._roll.took_part(host.name)
-                self._launched_at.append(time.monotonic())
+                # Again within a launch: the ranks have taken steps back by themselves.
+                if not launch.begun:
+                    launch.begun, launch.last_step = True, report.step
+                    for host in launch.hosts:
+                        self._roll.took_part(host.name)
+                    self._launched_at.append(time.monotonic())
                 self._listener.begun(report.step)
             case reports.Step():
                 self._step(launch, report.metric)
@@ -341,7 +345,8 @@ class Supervisor:
                 launch.crashed = launch.crashed or f"{launch.named(rank)}: {report.text}"
 
     def _step(self, launch: _Launch, metric: Metric) -> None:
-        launch.last_step = metric.step
+        # Steps that are done again after a return to an earlier state are no progress.
+        launch.last_step = max(launch.last_step, metric.step)
         if launch.progress.named:
             launch.progress.named = False
             launch.progress.stopped.clear()
