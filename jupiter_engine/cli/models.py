@@ -18,7 +18,7 @@ from jupiter_engine.errors import ExitCode, JupiterError, ModelInvalid, UsageErr
 from jupiter_engine.orchestrator.supervision import WORKER_ENV
 from jupiter_engine.protocol.commands import Rollback
 from jupiter_engine.protocol.shapes import PRESETS, parameter_count, training_memory, weight_bytes
-from jupiter_engine.units import bytes_text, count_text, plain_text
+from jupiter_engine.units import bytes_text, plain_text
 
 
 def model_folder(workspace: Workspace, name: str | None, domain: str | None) -> Path:
@@ -97,19 +97,25 @@ def model_info(options: argparse.Namespace) -> int:
     rows = [
         (
             p.name,
-            count_text(parameter_count(p.shape)),
+            f"{parameter_count(p.shape):,}",
             p.shape.layers,
             p.shape.hidden_size,
             f"{p.shape.heads}/{p.shape.kv_heads}",
             p.shape.vocab_size,
             p.shape.context,
+            f"{p.shape.rope_theta:g}",
+            "yes" if p.shape.tied else "no",
             bytes_text(weight_bytes(p.shape)),
             bytes_text(training_memory(p.shape).total),
         )
         for p in chosen
     ]
-    head = ("preset", "params", "layers", "hidden", "heads/kv", "vocab", "context", "weights bf16", "training state")
+    head = (
+        "preset", "parameters", "layers", "hidden", "heads/kv", "vocab", "context", "rope theta", "tied",
+        "weights bf16", "training state",
+    )  # fmt: skip
     print_table(head, rows)
+    print("parameters: exact, with the preset's own vocabulary; a tied output projection is the embedding itself")
     print("training state: fp32 master weights, bf16 copy, gradients and AdamW moments, without activations")
     return ExitCode.DONE
 
