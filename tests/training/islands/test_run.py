@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors import safe_open
 
 from jupiter_engine.checkpoints.model_folder import folder_sha256, verify
-from jupiter_engine.protocol.specs import RoundSpec
+from jupiter_engine.protocol.facts import Metric
+from jupiter_engine.protocol.specs import OptimizerSpec, RoundSpec
 from jupiter_engine.training.distributed.islands import exchange
-from tests.training.islands.runs import audit, ending, island_folder, islands, log_of, one_rank, start_hub
+from tests.training.islands.runs import audit, ending, island_folder, islands, log_of, one_rank, start_hub, two_ranks
 from tests.training.nano import INFO, make_run, recipe
 
 pytestmark = pytest.mark.timeout(240)
@@ -39,3 +41,43 @@ def test_two_islands_train_one_model(payload: str, tmp_path: Path) -> None:
         assert result["islands"][name]["up_bytes"] > 0
     # Only what the last round needs is left.
     assert len(list((run.folder / "state").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_an_mlx_island_and_a_torch_island_of_two_ranks_train_one_model(tmp_path: Path) -> None:
+    rounds = RoundSpec(round_s=2.0, grace_s=60.0, quorum=2, payload="bfloat16")
+    run = make_run(tmp_path, recipe(steps=60), islands(rounds, macs=two_ranks("mlx"), boxes=two_ranks("torch")))
+    with ending(run):
+        assert start_hub(run).wait(timeout=350) == 0, log_of(run)
+    audit(run)
+    result = run.events("finished")[0]["result"]
+    assert result["last_loss"] < result["first_loss"] - 1.0
+    assert verify(Path(run.order.target)) == INFO
+    for name in ("macs", "boxes"):
+        lines = (island_folder(run, name) / "metrics.jsonl").read_bytes().splitlines()
+        ranks = {len(msgspec.json.decode(line, type=Metric).rank_seconds) for line in lines}
+        assert ranks == {2}
+        assert result["islands"][name]["up_bytes"] > 0
+
+
+@pytest.mark.parametrize("update", ["full", "lora"])
+def test_what_is_published_is_the_start_moved_by_what_was_learnt(update: str, tmp_path: Path) -> None:
+    """One island, outer step 1 without momentum: the merged model is that island's own."""
+    rounds = RoundSpec(
+        round_s=100.0, grace_s=20.0, payload="float32", outer_learning_rate=1.0, outer_momentum=0.0, max_steps=5
+    )
+    wanted = recipe(steps=10, update=update, optimizer=OptimizerSpec(learning_rate=1e-2))
+    run = make_run(tmp_path, wanted, islands(rounds, only=one_rank()))
+    with ending(run):
+        assert start_hub(run).wait(timeout=200) == 0, log_of(run)
+    audit(run)
+    alone = make_run(tmp_path, wanted, one_rank(), name="alone")
+    with ending(alone):
+        assert start_hub(alone).wait(timeout=200) == 0, log_of(alone)
+    # The same rows in the same order, the same schedule: moments went on over the merge.
+    for name, value in alone.weights().items():
+        np.testing.assert_allclose(run.weights()[name], value, rtol=0, atol=2e-4)
+    assert [metric.step for metric in run.metrics()] == [5, 10]
+    together = sum(metric.loss * count for metric, count in zip(run.metrics(), [5, 5], strict=True)) / 10
+    assert together == pytest.approx(sum(metric.loss for metric in alone.metrics()) / 10, rel=0.02)

@@ -131,6 +131,12 @@ class Pace:
         exchange.make_folders(folder)
 
     def decide(self, sitting: Sitting | None) -> Act:
+        act = self._decide(sitting)
+        if act is not Act.WAIT:
+            self._idle_since = None
+        return act
+
+    def _decide(self, sitting: Sitting | None) -> Act:
         if self._reporter.halt_asked():
             return Act.HALT
         end = exchange.read(self.folder / exchange.END, exchange.End)
@@ -148,7 +154,6 @@ class Pace:
                 return Act.OFFER
         if sitting is None:
             return self._wait(None)
-        self._idle_since = None
         return self._in_round(sitting)
 
     def _in_round(self, sitting: Sitting) -> Act:
@@ -184,10 +189,8 @@ class Pace:
     def _wait(self, sitting: Sitting | None) -> Act:
         self.beat(sitting, waiting=True)
         now = time.monotonic()
-        since = self._idle_since = self._idle_since or now
-        if sitting is not None:
-            since = max(since, sitting.offered_at)
-        if now - since > _ABANDONED_S:
+        self._idle_since = self._idle_since or now
+        if now - self._idle_since > _ABANDONED_S:
             self._reporter.note("No hub has come back; the island comes to rest", "warning")
             return Act.HALT
         # A supervisor must not take this for a hang.
