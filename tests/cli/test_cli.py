@@ -83,6 +83,11 @@ def test_presets_and_their_memory(capsys: pytest.CaptureFixture[str]) -> None:
     one = in_json(capsys, "model-info", "--preset", "1B")[0]
     assert 1.0e9 < one["parameters"] < 1.1e9
     assert one["training_state_bytes"] == 18 * one["parameters"]
+    table = run(capsys, "model-info")[1]
+    assert "1,040,254,976" in table
+    head = table.splitlines()[0]
+    assert "rope theta" in head
+    assert "tied" in head
 
 
 @pytest.mark.parametrize(

@@ -113,3 +113,58 @@ def test_no_tensor_library_is_loaded() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+TEMPLATES = {
+    # As they stand in the folders of SmolLM2 Instruct, TinyLlama Chat, Mistral Instruct v0.1 and Llama 3 Instruct.
+    "smollm2": (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+        "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "zephyr": (
+        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
+        "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+        "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
+        "{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+        "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}"
+        "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+    ),
+    "llama3": (
+        "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+        "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + eos_token %}{% if loop.index0 == 0 %}"
+        "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+}
+TURNS = CHAT[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # transformers' own warnings are not ours to fix
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_in_use_give_the_ids_of_transformers_and_count_every_answer(
+    tokenizer_folder: Path, tmp_path: Path, name: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tokenizer_folder, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    settings |= {"chat_template": TEMPLATES[name], "bos_token": "<|im_start|>"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    codec = TextCodec(tmp_path / "model")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    rendered = theirs.apply_chat_template(TURNS, tokenize=False)
+    ids, mask = codec.chat_example(TURNS)
+    # Text tokens beside a mask's edge may be cut otherwise than over the whole; the characters are the same.
+    assert theirs.decode(ids) == rendered
+    prompt = theirs.apply_chat_template(TURNS[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert list(prompt) == codec.chat_prompt(TURNS[:1]) == ids[: len(prompt)]
+    answers = theirs.decode(counted(ids, mask))
+    assert answers.split("<|im_end|>") in (["Two.", "Four.", ""], ["\nTwo.", "\nFour.", ""]), answers

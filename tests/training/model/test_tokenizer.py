@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def test_every_text_decodes_to_itself(tokenizer_codec: TextCodec, text: str) -> 
 @pytest.fixture(scope="session")
 def tokenizer_codec(tokenizer_folder: Path) -> TextCodec:
     return TextCodec(tokenizer_folder)
+
+
+def test_the_standard_librarys_source_survives(tokenizer_codec: TextCodec) -> None:
+    """Every module of the top level, as it stands: tabs, form feeds, odd letters and all."""
+    paths = sorted(Path(json.__file__).parent.parent.glob("*.py"))
+    assert len(paths) > 100
+    for path in paths:
+        with path.open(encoding="utf-8", newline="") as file:
+            text = file.read()
+        assert tokenizer_codec.decode(tokenizer_codec.encode(text)) == text, path.name
 
 
 def test_digits_stay_apart(tokenizer_codec: TextCodec) -> None:
