@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jupiter_engine.checkpoints.model_folder import ModelInfo, folder_sha256, publish, write_config
+from jupiter_engine.checkpoints.state import TrainerState
 from jupiter_engine.checkpoints.store import CheckpointStore, Identity, World
 from jupiter_engine.files import sha256_file, write_json
 from jupiter_engine.protocol.facts import Metric
@@ -65,6 +66,11 @@ def weights(seed: int = 1) -> Weights:
         name: random.normal(1.0 if len(size) == 1 else 0.0, 0.05, size).astype(np.float32)
         for name, size in tensor_shapes(INFO).items()
     }
+
+
+def start_state(initial: Weights) -> TrainerState:
+    """A run's state before its first step."""
+    return TrainerState(weights=dict(initial), moments={}, updates=0)
 
 
 def data(rows: int = 24, seed: int = 0) -> TrainingData:

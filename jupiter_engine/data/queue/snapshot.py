@@ -70,17 +70,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Rows of text that training never sees, shaped like the snapshot's; measured during training."""
-
-    tokens: npt.NDArray[np.uint32]
-    loss_mask: npt.NDArray[np.uint8]
-    segments: npt.NDArray[np.uint16]
-
-
-@dataclass(frozen=True)
 class HeldOutRows:
-    """Read-only memory maps of shape [n, sequence_tokens + 1]."""
+    """Rows of text that training never sees: read-only memory maps of shape [n, sequence_tokens + 1]."""
 
     tokens: npt.NDArray[np.uint32]
     loss_mask: npt.NDArray[np.uint8]
@@ -96,7 +87,7 @@ class Snapshot:
     tokens: npt.NDArray[np.uint32]
     loss_mask: npt.NDArray[np.uint8]
     segments: npt.NDArray[np.uint16]
-    held_out: HeldOut | None = None
+    held_out: HeldOutRows | None = None
 
     @property
     def sha256(self) -> str:
