@@ -61,8 +61,13 @@ def test_a_copy_is_taken_over_with_a_fence_that_no_earlier_hub_had(tmp_path: Pat
     theta = second / state_folder(current) / "theta.safetensors"
     assert theta.read_bytes() == (first / state_folder(current) / "theta.safetensors").read_bytes()
     # At once, although the lease of the first hub still runs there.
-    assert taken.take_lead("second", 60.0) > 1000
+    fence = taken.take_lead("second", 60.0)
+    assert fence > 1000
     assert taken.totals().free == 12
+    # Nor does a lease have the number of one that the first hub gave after the copy was made.
+    lease = taken.lend(fence, 1, "macs", 4)
+    assert lease is not None
+    assert lease.lease > 100_000
     # What is the state now is not taken over once more.
     assert adopt(second) == ""
     taken.close()
