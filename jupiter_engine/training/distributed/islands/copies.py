@@ -36,6 +36,8 @@ _LIMIT_S = 3600.0
 """A copy that takes longer is given up: by then there is a newer round."""
 _FENCES = 1000
 """A copy may be older than the hub that it was made by, which may have changed hands since, but not so often."""
+_LEASES = 100_000
+"""... nor lent so often."""
 
 # $1: copies folder there, $2: name of the copy.
 _RECEIVE = """
@@ -167,6 +169,12 @@ def adopt(folder: Path) -> str:
         with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as database:
             # Its lead belongs to a hub that is gone.
             database.execute("UPDATE lead SET fence = fence + ?, expires_at = 0", (_FENCES,))
+            last = database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'leases'").fetchone()
+            # The former hub may have lent under the numbers that would come next.
+            database.execute("DELETE FROM sqlite_sequence WHERE name = 'leases'")
+            database.execute(
+                "INSERT INTO sqlite_sequence (name, seq) VALUES ('leases', ?)", ((last[0] if last else 0) + _LEASES,)
+            )
             database.execute("PRAGMA journal_mode = DELETE")
         for suffix in ("-wal", "-shm"):
             (folder / f"{LEDGER}{suffix}").unlink(missing_ok=True)
