@@ -214,11 +214,11 @@ def test_a_machine_that_does_not_answer_is_silent_and_a_member_gets_its_order_la
     (member.parent).write_text("")
     hub.start(order())
     until(lambda: len(place.starts()) == 1)
-    assert hub.behind == ("studio",)
+    assert list(hub.behind) == ["studio"]
     member.parent.unlink()
     hub._forward_due = 0.0  # the time until the next try has passed
     assert hub.state().state == "running"
-    assert hub.behind == ()
+    assert list(hub.behind) == []
     assert (member / "spec.json").read_bytes() == order()
     place.server.process.terminate()
     place.server.process.wait()
