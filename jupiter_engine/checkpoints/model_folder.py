@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ class ModelInfo(Shape, frozen=True, kw_only=True):
 
         YaRN multiplies queries and keys by a factor each; here that is part of the scale, which is the same.
         """
-        return self.head_dim**-0.5 * rope.attention_factor(self.rope_scaling) ** 2
+        factor = rope.attention_factor(self.rope_scaling)
+        return factor * factor / math.sqrt(self.head_dim)
 
 
 def folder_sha256(folder: Path) -> str:

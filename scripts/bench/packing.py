@@ -16,6 +16,8 @@ useful: share of input positions that hold a sample's token; torn: samples that 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
@@ -105,10 +107,9 @@ def concat_and_split(units: Sequence[pack.Unit], width: int) -> Result:
 
 
 def trl_bfd(units: Sequence[pack.Unit], width: int) -> Result:
-    import pyarrow
-    from trl.data_utils import _pack_bfd  # what pack_dataset calls, without the data set's hashing and caching
-
-    packed = _pack_bfd(pyarrow.table({"input_ids": [unit.ids for unit in units]}), width)["input_ids"]
+    pyarrow, trl = importlib.import_module("pyarrow"), importlib.import_module("trl.data_utils")
+    # What pack_dataset calls, without the data set's hashing and caching.
+    packed = trl._pack_bfd(pyarrow.table({"input_ids": [unit.ids for unit in units]}), width)["input_ids"]
     used = sum(len(row) for row in packed)
     return len(packed), used, sum(len(unit.ids) > width for unit in units), 0
 
@@ -126,10 +127,9 @@ def main() -> None:
     )
     contestants: dict[str, Callable[[Sequence[pack.Unit], int], Result]] = {"jupiter": jupiter}
     if importlib.util.find_spec("trl") is not None:
-        import trl.data_utils  # before any timing
-
+        importlib.import_module("trl.data_utils")  # before any timing
         contestants["trl bfd"] = trl_bfd
-        print(f"trl {trl.__version__}")
+        print(f"trl {importlib.metadata.version('trl')}")
     else:
         print("trl is not installed and left out: pip install trl")
     contestants |= {"in order": in_order, "concat, split": concat_and_split}

@@ -24,7 +24,7 @@ from tests.data.test_worker_stages import carry_out, write_rows
 
 def real_order(tmp_path: Path, **changes: Any) -> QueueOrder:
     """A queue order over this package's own source, and vault text of three slices."""
-    texts = [Path(module.__file__).read_text("utf-8") for module in (commands, facts, orders, rows, shapes, specs)]
+    texts = [Path(str(module.__file__)).read_text("utf-8") for module in (commands, facts, orders, rows, shapes, specs)]
     chunks = [
         chunk(f"c{n}.{part}", document=f"d{n}", ordinal=part, kind="code", text=text[part * 1500 : (part + 1) * 1500])
         for n, text in enumerate(texts)

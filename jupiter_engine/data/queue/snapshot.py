@@ -157,9 +157,8 @@ def write_snapshot(
 
 
 def _named(rows: Rows, prefix: str) -> dict[str, npt.NDArray[Any]]:
-    return {
-        prefix + name: array for name, array in zip(_NAMES, (rows.tokens, rows.loss_mask, rows.segments), strict=True)
-    }
+    arrays: tuple[npt.NDArray[Any], ...] = (rows.tokens, rows.loss_mask, rows.segments)
+    return {prefix + name: array for name, array in zip(_NAMES, arrays, strict=True)}
 
 
 def read_snapshot(folder: Path) -> Snapshot:
