@@ -125,10 +125,13 @@ def _head_loss(chunks: int) -> Callable[..., tuple[mx.array, mx.array, mx.array]
                 # All that the part before is used for must be done, or its logits would wait beside this one's.
                 hidden = mx.depends([hidden], [total, slopes[-1], change])[0]
             logits = (hidden @ weight.T).astype(mx.float32)
-            top = mx.logsumexp(logits, axis=-1, keepdims=True)
-            chosen = mx.take_along_axis(logits, wanted[:, None], axis=-1)
-            total = total + mx.sum((top - chosen)[:, 0] * counted)
-            slope = mx.exp(logits - top) * counted[:, None]
+            shares = mx.softmax(logits, axis=-1)
+            # log-sum-exp = largest logit - log(largest share): exact, as that share is at least 1 / V, and one pass
+            # of exponentials instead of two, which are half of the head's time on a CPU.
+            spread = mx.max(logits, axis=-1) - mx.log(mx.max(shares, axis=-1))
+            chosen = mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
+            total = total + mx.sum((spread - chosen) * counted)
+            slope = shares * counted[:, None]
             slope = slope.at[mx.arange(len(wanted)), wanted].subtract(counted).astype(weight.dtype)
             slopes.append(slope @ weight)
             # Parts are added up in float32, whatever the products' precision.
