@@ -29,8 +29,13 @@ def one_rank(twin: Twin = "torch") -> LaunchSpec:
 
 
 def two_ranks(twin: Twin) -> LaunchSpec:
-    launcher = "torchrun" if twin == "torch" else "mlx.launch"
-    return LaunchSpec(twin=twin, ranks=2, launcher=launcher, threads_per_rank=1, restarts_per_hour=60)
+    return LaunchSpec(
+        twin=twin,
+        ranks=2,
+        launcher="torchrun" if twin == "torch" else "mlx.launch",
+        threads_per_rank=1,
+        restarts_per_hour=60,
+    )
 
 
 def islands(rounds: RoundSpec, **launches: LaunchSpec) -> LaunchSpec:

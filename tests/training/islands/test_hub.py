@@ -21,7 +21,7 @@ from jupiter_engine.training.distributed.islands import exchange, outer
 from jupiter_engine.training.distributed.islands import hub as module
 from jupiter_engine.training.distributed.islands.hub import Hub, HubRun
 from jupiter_engine.training.distributed.islands.ledger import Deposed, LeadTaken, Ledger, Offer, blocks_of
-from jupiter_engine.training.distributed.islands.payload import Payload, of_arrays, shapes_of
+from jupiter_engine.training.distributed.islands.payload import Payload, of_arrays, shapes_of, write_payload
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -118,7 +118,8 @@ class Made:
             plan = exchange.newest_plan(self.exchange)
             return plan if plan is not None and plan.round >= at_least and self.name in plan.leases else None
 
-        return wait_for(ready)
+        found: exchange.Plan = wait_for(ready)
+        return found
 
     def offer(self, plan: exchange.Plan, used: int, attempt: int = 1, **changes: object) -> exchange.Up:
         lease = plan.leases[self.name]
@@ -202,9 +203,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         running.stop()
 
 
-def verdict(folder: Path, *key: object) -> str:
+def verdict(folder: Path, number: int, island: str, attempt: int) -> str:
     ledger = Ledger(folder / "rounds.db")
-    found = ledger.verdicts().get(key)  # type: ignore[call-overload]
+    found = ledger.verdicts().get((number, island, attempt))
     ledger.close()
     return str(found[0]) if found else ""
 
@@ -252,11 +253,12 @@ def test_contributions_that_cannot_be_true_are_refused(how: str, start: Callable
     running = start("a")
     island = Made(tmp_path, "a", float("nan") if how == "nan" else -0.01)
     plan = island.plan()
-    changes = {"tokens": {"tokens": 7}, "base": {"base_sha256": "0" * 64}}.get(how, {})
+    told: dict[str, dict[str, Any]] = {"tokens": {"tokens": 7}, "base": {"base_sha256": "0" * 64}}
+    changes = told.get(how, {})
     up = island.offer(plan, 3, **changes)
     if how == "tensors":
         part = exchange.up_folder(island.exchange, 1) / "a.1.safetensors.part"
-        module.write_payload(part, {"w": (2,)}, "float32", of_arrays({"w": np.zeros(2)}))
+        write_payload(part, {"w": (2,)}, "float32", of_arrays({"w": np.zeros(2)}))
         record = FileRecord(sha256=sha256_file(part), bytes=part.stat().st_size)
         up = msgspec.structs.replace(up, offer=msgspec.structs.replace(up.offer, file=record))
     island.put(up)

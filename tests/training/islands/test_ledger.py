@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -13,7 +14,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from jupiter_engine.checkpoints.tensors import FileRecord
 from jupiter_engine.errors import StateError
-from jupiter_engine.training.distributed.islands import ledger as module
 from jupiter_engine.training.distributed.islands.ledger import (
     Deposed,
     LeadTaken,
@@ -265,9 +265,9 @@ def test_a_contribution_that_lies_about_its_tokens_is_refused(ledger: Ledger) ->
     lease = ledger.lend(fence, 1, "a", 5)
     assert lease is not None
     honest = offer_of(lease, 1, used=2)
-    lie = module.msgspec.structs.replace(honest, tokens=honest.tokens + 1)
+    lie = msgspec.structs.replace(honest, tokens=honest.tokens + 1)
     assert ledger.record(fence, lie) == "refused"
-    assert ledger.record(fence, module.msgspec.structs.replace(honest, attempt=2), "its file is damaged") == "refused"
+    assert ledger.record(fence, msgspec.structs.replace(honest, attempt=2), "its file is damaged") == "refused"
     assert ledger.held(1) == []
     with pytest.raises(StateError, match="waits for no merge"):
         ledger.commit(fence, 1, [honest], files(2), b"m")

@@ -63,7 +63,8 @@ def test_equals_torchs_nesterov_sgd_over_several_rounds(
         deltas = [arrays(10 * step + island, 1e-2) for island in range(3)]
         tokens = [100.0, 250.0, 17.0]
         for name, parameter in reference.items():
-            mean = sum(w * d[name].astype(np.float64) for w, d in zip(tokens, deltas, strict=True)) / sum(tokens)
+            wide = np.stack([delta[name].astype(np.float64) for delta in deltas])
+            mean = np.tensordot(np.array(tokens) / sum(tokens), wide, axes=1)
             parameter.grad = torch.tensor(mean.astype(np.float32))
         sgd.step()
         parts = [

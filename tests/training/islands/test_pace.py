@@ -49,8 +49,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(pace.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(pace.time, "sleep", self.sleep)
+        monkeypatch.setattr("jupiter_engine.training.distributed.islands.pace.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("jupiter_engine.training.distributed.islands.pace.time.sleep", self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds

@@ -101,8 +101,10 @@ def mean_delta(name: str, first: int, end: int, contributions: Sequence[Contribu
 
 def nesterov(theta: Floats, momentum: Floats, delta: Floats, *, rate: float, mu: float) -> tuple[Floats, Floats]:
     """(new theta, new momentum) of one chunk, float32."""
-    moved: Floats = np.float32(mu) * momentum + delta
-    stepped: Floats = theta - np.float32(rate) * (delta + np.float32(mu) * moved)
+    moved: Floats = np.add(np.float32(mu) * momentum, delta, dtype=np.float32)
+    # Multiplied in float32: numpy keeps an array's precision against its own scalars.
+    pushed: Floats = (delta + np.float32(mu) * moved) * np.float32(rate)
+    stepped: Floats = np.subtract(theta, pushed, dtype=np.float32)
     return stepped, moved
 
 
