@@ -149,13 +149,19 @@ def write_model(folder: Path) -> ModelRef:
     return ModelRef(name=folder.name, folder=str(folder), sha256=folder_sha256(folder))
 
 
-def write_snapshot(folder: Path, model: Path, rows: TrainingData | None = None, **changes: Any) -> None:
+def write_snapshot(
+    folder: Path, model: Path, rows: TrainingData | None = None, held_out: TrainingData | None = None, **changes: Any
+) -> None:
     rows = rows or data()
     folder.mkdir(parents=True)
     files: dict[str, str] = {}
-    for name in ("tokens", "loss_mask", "segments"):
-        np.save(folder / f"{name}.npy", getattr(rows, name))
-        files[f"{name}.npy"] = sha256_file(folder / f"{name}.npy")
+    for prefix, part in (("", rows), ("held_out_", held_out)):
+        for name in ("tokens", "loss_mask", "segments") if part is not None else ():
+            np.save(folder / f"{prefix}{name}.npy", getattr(part, name))
+            files[f"{prefix}{name}.npy"] = sha256_file(folder / f"{prefix}{name}.npy")
+    if held_out is not None:
+        tokens = int(held_out.loss_mask[:, 1:].sum())
+        changes = {"held_out": {"slice": 1, "sequences": len(held_out.tokens), "tokens": tokens}, **changes}
     manifest: dict[str, Any] = {
         "version": 1,
         "tokenizer_sha256": sha256_file(model / "tokenizer.json"),

@@ -16,7 +16,9 @@ from tests.training.nano import recipe
 from tests.training.uneven_rank import Case
 
 ROUNDING = 2e-5
-"""Largest difference of a weight: the order of float32 sums differs."""
+"""Difference of weights: the order of float32 sums differs."""
+AMPLIFIED = 3e-4
+"""Of the few weights whose gradient is nearly zero: AdamW divides it by its own size, rounding included."""
 
 
 def result(folder: Path) -> tuple[dict[str, np.ndarray], list[Metric]]:
@@ -37,7 +39,9 @@ def equal(ours: Path, theirs: tuple[dict[str, np.ndarray], list[Metric]]) -> lis
     reference, steps = theirs
     assert weights.keys() == reference.keys()
     for name, value in weights.items():
-        np.testing.assert_allclose(value, reference[name], rtol=0, atol=ROUNDING, err_msg=name)
+        apart = np.abs(value - reference[name])
+        assert np.quantile(apart, 0.999) < ROUNDING, name
+        assert apart.max() < AMPLIFIED, name
     assert [m.step for m in metrics] == [m.step for m in steps]
     assert [m.loss for m in metrics] == pytest.approx([m.loss for m in steps], abs=1e-4)
     assert [m.grad_norm for m in metrics] == pytest.approx([m.grad_norm for m in steps], rel=1e-3)
