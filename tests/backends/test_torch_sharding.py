@@ -57,7 +57,7 @@ EXACT = [
     ("fsdp", "muon"),
     ("fsdp", "adamw8bit"),
 ]
-LORA = {"update": "lora", "compute_dtype": "bfloat16", "recompute_activations": True}
+LORA: dict[str, Any] = {"update": "lora", "compute_dtype": "bfloat16", "recompute_activations": True}
 TWO = [[[0, 1], [2]], [[3], [4, 5]]]
 MOVES = [(sharding, name) for sharding in ("zero1", "fsdp") for name in ("adamw", "adamw8bit", "adafactor")]
 

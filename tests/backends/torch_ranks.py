@@ -19,6 +19,7 @@ import numpy as np
 from jupiter_engine.backends.torch.collectives import Alone
 from jupiter_engine.backends.torch.train import TorchTrainer, join_group, open_trainer
 from jupiter_engine.checkpoints.state import TrainerState
+from jupiter_engine.checkpoints.tensors import Array
 from jupiter_engine.protocol.specs import Recipe
 from jupiter_engine.training.trainer import Batch
 from tests.training.nano import INFO, data, weights
@@ -42,9 +43,10 @@ def counted(rows: list[int]) -> int:
 
 
 def write_state(path: Path, state: TrainerState) -> None:
-    arrays = {f"w/{name}": value for name, value in state.weights.items()}
+    arrays: dict[str, Array] = {f"w/{name}": value for name, value in state.weights.items()}
     arrays |= {f"m/{name}": value for name, value in state.moments.items()}
-    np.savez(path, updates=np.array(state.updates), **arrays)
+    arrays["updates"] = np.array(state.updates)
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # its own keyword, allow_pickle, is none of ours
 
 
 def read_state(path: Path) -> TrainerState:

@@ -49,7 +49,6 @@ def add_adapters(model: Llama, lora: LoraSpec) -> list[str]:
     return list(shapes)
 
 
-@torch.no_grad()
 def merged(name: str, weight: Tensor, adapters: Mapping[str, Tensor], lora: LoraSpec) -> Tensor:
     """float32: the weight `name` with its adapter added (backends.lora.merge in torch); the weight if it has none."""
     module = name.removesuffix(".weight")

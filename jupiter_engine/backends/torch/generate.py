@@ -17,7 +17,8 @@ from jupiter_engine.backends.contract import (
     GenerateStats,
     check_generate_requests,
 )
-from jupiter_engine.backends.torch.model import Llama, default_device, inference, load_model, rotate
+from jupiter_engine.backends.torch.model import Llama, default_device, inference, load_model
+from jupiter_engine.backends.torch.rotary import rotate
 
 _SPAN = 64
 """Cached positions are read in multiples of this many."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,7 +33,7 @@ def inference(function: Function) -> Function:
     return cast("Function", torch.inference_mode()(function))
 
 
-Sight = attention.Blocks | Tensor | None
+Sight: TypeAlias = attention.Blocks | Tensor | None
 """What a position may attend to: a mask [B, 1, T, T] (True = may see), blocks of queries, or None (causal)."""
 
 

@@ -195,26 +195,26 @@ class Replicated:
             for parameter in self._compute.values():
                 parameter.grad = None
 
-    @torch.no_grad()
     def _refresh(self) -> None:
         """The model computes with what the masters now hold."""
         if self._rounded:
-            torch._foreach_copy_([self._compute[name] for name in self._master], list(self._master.values()))
+            with torch.no_grad():
+                torch._foreach_copy_([self._compute[name] for name in self._master], list(self._master.values()))
 
     def weights(self) -> dict[str, Array] | None:
         if self._group.rank != 0:
             return None
         return {name: self._master[name].detach().cpu().numpy() for name in self._names}
 
-    @torch.no_grad()
     def adopt(self, values: Values | None) -> None:
         for name in self._names:
             whole = _whole(name, self._shapes[name], values, self._device)
             self._group.broadcast([whole])
-            if name in self._master:
-                self._master[name].copy_(whole)
-            if self._rounded or name not in self._master:
-                self._compute[name].copy_(whole)
+            with torch.no_grad():
+                if name in self._master:
+                    self._master[name].copy_(whole)
+                if self._rounded or name not in self._master:
+                    self._compute[name].copy_(whole)
 
     def moments(self) -> tuple[dict[str, Array] | None, int]:
         moments = self._optimizer.export(self._master) if self._group.rank == 0 else None
@@ -256,7 +256,6 @@ class Zero1(Replicated):
         # Added up in the order of ranks everywhere, so all ranks get the same last bit.
         return math.sqrt(float((self._group.exchange([mine])[:, 0] ** 2).sum()))
 
-    @torch.no_grad()
     def _refresh(self) -> None:
         super()._refresh()
         for rank in range(self._group.ranks):
@@ -321,11 +320,11 @@ class FullyShard:
         assert isinstance(value, DTensor)
         return value.to_local()
 
-    @torch.no_grad()
     def _set(self, name: str, whole: Tensor, source: int = 0) -> None:
         """Every rank keeps its shard of `source`'s tensor."""
         self._group.broadcast([whole], source)
-        _part(self._shard(name), whole, self._group)
+        with torch.no_grad():
+            _part(self._shard(name), whole, self._group)
 
     def collect(self) -> None:
         """FSDP has summed the gradient into float32 shards already."""
@@ -343,7 +342,6 @@ class FullyShard:
         mine = float(_norm([gradient for gradient in gradients if gradient.numel()]))
         return math.sqrt(float((self._group.exchange([mine])[:, 0] ** 2).sum()))
 
-    @torch.no_grad()
     def apply(self, learning_rate: float, gradient_scale: float) -> None:
         self._optimizer.begin()
         if self._local:

@@ -120,10 +120,10 @@ class TorchTrainer:
             self._freeze(shapes, values, adapters, divided=sharding == "fsdp")
             shapes = lora.adapter_shapes(info, self._lora)
             values = lora.initial_adapters(info, self._lora, recipe.seed)
-        holder = {"none": Replicated, "zero1": Zero1, "fsdp": FullyShard}[sharding]
-        if self._lora is not None and sharding == "fsdp":
-            # Adapters are small: they stay whole on every rank.
-            holder = Replicated
+        holder: type[Replicated | FullyShard] = Zero1 if sharding == "zero1" else Replicated
+        if sharding == "fsdp" and self._lora is None:
+            # (Adapters are small: they stay whole on every rank.)
+            holder = FullyShard
         self.lockstep = sharding == "fsdp"
         self._held: Replicated | FullyShard = holder(
             self._model,
