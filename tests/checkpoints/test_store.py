@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,10 +15,10 @@ from safetensors.numpy import load_file
 
 from jupiter_engine.checkpoints import store as store_module
 from jupiter_engine.checkpoints.state import TrainerState
-from jupiter_engine.checkpoints.store import Checkpoint, CheckpointStore, Identity, World
+from jupiter_engine.checkpoints.store import Checkpoint, CheckpointStore, Damaged, Identity, World
 from jupiter_engine.checkpoints.tensors import Array, FileRecord, file_bytes, read_arrays, write_arrays
 from jupiter_engine.errors import DiskFull, StateError
-from jupiter_engine.files import sha256_file
+from jupiter_engine.files import sha256_file, sync_file
 
 IDENTITY = Identity(recipe_sha256="a" * 64, snapshot_sha256="b" * 64, start_sha256="c" * 64)
 
@@ -71,6 +73,83 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
         store.write(checkpoint(step))
     assert store.steps() == [10, 15]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
+
+
+def test_multiples_and_the_best_one_are_kept_besides_the_newest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1, keep_every=20)
+    for step in range(5, 50, 5):
+        store.write(dataclasses.replace(checkpoint(step), best_step=15 if step >= 15 else None))
+    assert store.steps() == [15, 20, 40, 45]
+    store.write(dataclasses.replace(checkpoint(50), best_step=50))
+    assert store.steps() == [20, 40, 50]
+
+
+def test_nothing_older_goes_until_the_new_one_was_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(tmp_path, keep=1)
+    store.write(checkpoint(5))
+    write = store_module.write_arrays
+
+    def lying(path: Path, arrays: dict[str, Array]) -> FileRecord:
+        record = write(path, arrays)
+        if path.name == "optimizer.safetensors":
+            _flip(path)
+        return record
+
+    monkeypatch.setattr(store_module, "write_arrays", lying)
+    with pytest.raises(StateError, match=r"step-00000010/optimizer\.safetensors does not hold the bytes") as caught:
+        store.write(checkpoint(10))
+    assert caught.value.fix
+    found, warnings = newest(tmp_path)
+    assert found is not None
+    assert found.step == 5
+    assert "step 10 is damaged" in warnings[0]
+
+
+def test_what_the_guard_and_the_measurements_know_comes_back(tmp_path: Path) -> None:
+    written = dataclasses.replace(checkpoint(5), held_out_loss=2.5, best_step=3, skipped_batches=(1, 4), rollbacks=2)
+    opened(tmp_path).write(written)
+    found, _ = newest(tmp_path)
+    assert found is not None
+    assert (found.held_out_loss, found.best_step, found.skipped_batches, found.rollbacks) == (2.5, 3, (1, 4), 2)
+
+
+def test_a_checkpoint_of_format_1_is_read(tmp_path: Path) -> None:
+    opened(tmp_path).write(checkpoint(5))
+    path = tmp_path / "step-00000005" / "manifest.json"
+    former = json.loads(path.read_text())
+    for name in ("held_out_loss", "best_step", "skipped_batches", "rollbacks"):
+        del former[name]
+    path.write_text(json.dumps({**former, "version": 1}))
+    found, warnings = newest(tmp_path)
+    assert found is not None
+    assert (found.step, found.best_step, found.skipped_batches, warnings) == (5, None, (), [])
+    assert found.trainer.moments.keys() == checkpoint(5).trainer.moments.keys()
+
+
+def test_the_weights_alone_are_verified_too(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.write(checkpoint(5))
+    assert store.weights(5, IDENTITY)["w"].tobytes() == checkpoint(5).trainer.weights["w"].tobytes()
+    _flip(tmp_path / "step-00000005" / "weights.safetensors")
+    with pytest.raises(Damaged, match=r"weights\.safetensors"):
+        store.weights(5, IDENTITY)
+
+
+def test_on_macos_files_are_synced_through_the_drives_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def control(descriptor: int, command: int) -> None:
+        calls.append(("fcntl", command))
+        if len(calls) > 1:
+            raise OSError(errno.ENOTSUP, "not here")
+
+    monkeypatch.setattr("jupiter_engine.files.sys.platform", "darwin")
+    monkeypatch.setattr("jupiter_engine.files.fcntl", SimpleNamespace(F_FULLFSYNC=51, fcntl=control))
+    monkeypatch.setattr("jupiter_engine.files.os.fsync", lambda _: calls.append(("fsync", 0)))
+    with (tmp_path / "x").open("wb") as file:
+        sync_file(file.fileno())
+        sync_file(file.fileno())
+    assert calls == [("fcntl", 51), ("fcntl", 51), ("fsync", 0)]
 
 
 def test_nothing_stored_is_no_state(tmp_path: Path) -> None:
