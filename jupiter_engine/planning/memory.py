@@ -1,13 +1,18 @@
 """Bytes that one rank of a training run holds, part by part, for both twins on CPUs, NVIDIA cards and Macs.
 
-The state is exact (counts of tensors times their precision). Activations on
-CPUs are exact counts of what the twins keep for the backward pass, found with
-torch's saved-tensor hooks and with MLX's own peak counter over pairs of shapes
-that differ in one width (scripts/bench/plan.py shows the counting again). What
-allocators add is fitted: `_MARGIN` and the runtime sizes below come from the
-resident peaks of separate processes over shapes with 300 MB to 2 GB of training
-memory (tests/planning/test_measured.py repeats a sample of them). Numbers for
-CUDA and Metal follow from the same counts and were not measured here.
+The state is exact: counts of tensors times their precision. What a layer keeps
+for the backward pass is counted, too: from the events of torch's profiler and
+MLX's own peak counter over tiny shapes that differ in one width.
+
+What allocators make of it on CPUs is fitted (`_Allocator`): the resident peaks
+of separate processes (tests/planning/measured.py) on 17 trainings with torch and
+10 with MLX of 400 MB to 1.1 GB, by the linear programme "never under any of
+them, and the largest overshoot smallest". There it says 0 to 13 % too much for
+torch, 0 to 3 % for MLX. Torch's share is large because glibc's heap, which the
+trainer tells to keep what is freed, does not reuse aligned blocks well: a
+layer's short-lived arrays leave holes, most of all with recomputed activations.
+
+CUDA and Metal: the same counts and a margin; nothing was measured there.
 """
 
 from __future__ import annotations
@@ -57,9 +62,10 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     logits: int
     """One chunk of the loss, forward and backward."""
     transients: int
-    """Gradients of a backward pass before they are added, workspace of the update, buckets of the exchange."""
+    """Short-lived: a layer's gradients, the start weights while they are handed over, the update's workspace,
+    buckets of the exchange."""
     margin: int
-    """What allocators hold beyond what is asked of them, fitted to measured peaks."""
+    """What allocators hold beyond what is asked of them."""
     runtime: int
     """Interpreter and libraries; for CUDA the allocator's slack."""
     writing: int
@@ -142,76 +148,106 @@ class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     """Times key heads x head size."""
     f: float
     """Times intermediate size."""
-    head: float = 0.0
-    """Times query heads."""
     constant: float = 0.0
-    mask: float = 0.0
-    """Times sequence length: a mask over all keys, for each layer."""
     scores: float = 0.0
-    """Times query heads x sequence length, for each layer: the matrix of attention weights."""
+    """Times query heads x sequence length: attention weights that every layer keeps."""
     rebuilt: float = 0.0
     """Times query heads x sequence length, for one layer at a time: scores that the backward pass builds again."""
+
+
+class _Allocator(msgspec.Struct, frozen=True, kw_only=True):
+    """Factors on what is asked of memory (see the module's head)."""
+
+    base: int = 0
+    kept: float = 1.0
+    """On what layers keep."""
+    again: float = 1.0
+    """On the one layer that is computed again."""
+    layer: float = 1.0
+    """On a layer's short-lived arrays: 4 d + 3 f values a token."""
+    logits: float = 1.0
+    biggest: float = 1.0
+    """On the largest tensor's gradient in compute precision."""
+    opening: float = 1.0
+    """On what the float32 start weights need beyond what training uses later anyway."""
+    adapters: float = 0.0
+    """With LoRA, on the outputs of the layers' projections."""
+    rest: float = 0.0
+    """Share of all that changes during a step: where nothing was measured."""
+
+
+_ALLOCATORS: Final[Mapping[tuple[Twin, DeviceKind], _Allocator]] = {
+    ("torch", "cpu"): _Allocator(
+        base=15 * MIB, kept=1.79, again=4.84, layer=1.2, logits=3.25, biggest=0.0, opening=1.22, rest=0.01
+    ),
+    ("mlx", "cpu"): _Allocator(
+        kept=1.09, again=2.48, layer=3.02, logits=2.27, biggest=1.06, opening=1.87, adapters=0.26, rest=0.02
+    ),
+}
+_UNMEASURED: Final = _Allocator(rest=0.15, adapters=0.3)
 
 
 def _kept(twin: Twin, device: DeviceKind, dtype: str) -> _Kept:
     e = BYTES_OF_DTYPE[dtype]
     if twin == "torch":
         # rms_norm keeps its input and the normalised rows in float32 and the result in e bytes, twice a layer; the
-        # MLP gate, its silu, up and their product; attention queries, keys, values, the result and a float32 sum a
-        # head. CPU attention turns the boolean mask into one of e bytes that each layer keeps; CUDA's
-        # memory-efficient kernel does so, too.
-        return _Kept(d=2 * (8 + e), q=2 * e, kv=2 * e, f=4 * e, head=4, constant=8, mask=e)
-    if device == "metal":
-        # Fused attention with a light forward pass; its backward builds s x s one layer at a time, 3.2 times
-        # (mlx-train-perf: 25.7 against 12.8 GiB at 8,192 tokens and 32 heads).
-        return _Kept(d=8 * e, q=3 * e, kv=3 * e, f=5 * e, head=4, constant=8, rebuilt=3.2 * e)
-    return _Kept(d=8 * e, q=3 * e, kv=3 * e, f=5 * e, head=4, constant=8, scores=2 * e)
+        # MLP gate, its silu, up and their product; attention queries, keys, values and the result.
+        return _Kept(d=2 * (8 + e), q=2 * e, kv=2 * e, f=4 * e, constant=8)
+    # MLX's fused attention is light forwards; on Metal its backward builds s x s one layer at a time, 3.2 times
+    # (mlx-train-perf: 25.7 against 12.8 GiB at 8,192 tokens and 32 heads); on CPUs every layer keeps its scores, in
+    # 3.2 bytes for bfloat16 (measured).
+    scores = 4.0 if dtype == "float32" else 3.2
+    counts = _Kept(d=6 * e, q=2.5 * e, kv=2.5 * e, f=5 * e)
+    if device == "cpu":
+        return msgspec.structs.replace(counts, scores=1.12 * scores)
+    return msgspec.structs.replace(counts, rebuilt=3.2 * e)
 
 
-def _layer_bytes(shape: Shape, kept: _Kept, rows: int, tokens: int) -> tuple[float, float, float]:
-    """(activations of one layer, its masks and scores, scores rebuilt for one layer) for rows of `tokens` tokens."""
-    positions = rows * tokens
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    widths = kept.d * shape.hidden_size + kept.q * q + kept.kv * kv + kept.f * shape.intermediate_size
-    linear = positions * (widths + kept.head * shape.heads + kept.constant)
-    square = positions * tokens * (kept.mask + kept.scores * shape.heads)
-    return linear, square, positions * tokens * kept.rebuilt * shape.heads
+class _Step(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes asked for by one micro-batch."""
+
+    kept: float
+    again: float
+    attention: float
+    layer: float
+    logits: float
+    projections: float
 
 
-def _activations(shape: Shape, recipe: Recipe, rows: int, twin: Twin, device: DeviceKind) -> tuple[int, int]:
-    """(activations, attention) of one micro-batch of `rows` sequences."""
+def _step(shape: Shape, recipe: Recipe, rows: int, twin: Twin, device: DeviceKind) -> _Step:
     kept = _kept(twin, device, recipe.compute_dtype)
-    linear, square, rebuilt = _layer_bytes(shape, kept, rows, recipe.sequence_tokens)
-    positions = rows * recipe.sequence_tokens
     e = BYTES_OF_DTYPE[recipe.compute_dtype]
-    # Embedding, final norm, the loss's own copy of the hidden states and their gradient; cosines and sines.
-    ends = positions * ((8 + 4 * e) * shape.hidden_size + 4 * e * shape.head_dim)
-    if recipe.update == "lora":
-        linear += positions * recipe.lora.rank * len(set(recipe.lora.targets)) * 2 * e
-    if recipe.recompute_activations:
-        inputs = shape.layers * positions * shape.hidden_size * e
-        return int(inputs + linear + ends), int(square + rebuilt)
-    return int(shape.layers * linear + ends), int(shape.layers * square + rebuilt)
+    d, f = shape.hidden_size, shape.intermediate_size
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    tokens = rows * recipe.sequence_tokens
+    one = tokens * (kept.d * d + kept.q * q + kept.kv * kv + kept.f * f + kept.constant)
+    square = tokens * recipe.sequence_tokens * shape.heads
+    again = recipe.recompute_activations
+    lora = recipe.update == "lora"
+    # float32 logits and their gradient, in bfloat16 the product's own result as well.
+    a_logit = 8 if e == BYTES_OF_DTYPE["float32"] else 10
+    return _Step(
+        kept=shape.layers * (tokens * d * e if again else one),
+        again=one if again else 0.0,
+        attention=square * (kept.scores * (1 if again else shape.layers) + kept.rebuilt),
+        layer=tokens * e * (4 * d + 3 * f),
+        logits=min(tokens, LOSS_CHUNK) * shape.vocab_size * a_logit,
+        projections=tokens * e * (2 * d + q + 2 * kv + 2 * f) * shape.layers if lora else 0.0,
+    )
 
 
 # -- the whole -----------------------------------------------------------------------------------------
 _RUNTIME: Final[Mapping[tuple[Twin, DeviceKind], int]] = {
-    ("torch", "cpu"): 330 * MIB,
-    ("mlx", "cpu"): 200 * MIB,
+    ("torch", "cpu"): 360 * MIB,
+    ("mlx", "cpu"): 160 * MIB,
     ("torch", "cuda"): 512 * MIB,
     ("torch", "metal"): 700 * MIB,
     ("mlx", "metal"): 700 * MIB,
     ("mlx", "cuda"): 700 * MIB,
 }
-"""Interpreter and tensor library before any training (CPU: measured with one thread, 232 MiB for torch; the rest is
-room for what the worker itself holds). On CUDA this is the allocator's slack on the card; its context is taken off
-what the card allows (planning.budget)."""
-
-_MARGIN: Final[Mapping[tuple[Twin, DeviceKind], float]] = {
-    ("torch", "cpu"): 0.08,
-    ("mlx", "cpu"): 0.08,
-}
-"""Share of all that changes during a step that allocators hold in addition. Elsewhere: 0.15, not measured."""
+"""Interpreter and libraries before any training (CPU: 277 and 53 MiB were measured for the tensor library alone; the
+rest is room for what the worker itself holds). On CUDA this is the allocator's slack on the card; its context is taken
+off what the card allows (planning.budget)."""
 
 
 def rank_memory(
@@ -228,64 +264,55 @@ def rank_memory(
 
     `micro_batch`: sequences at once on this rank; 0: the recipe's, and at most its share of the batch.
     """
-    dtype = recipe.compute_dtype
-    e = BYTES_OF_DTYPE[dtype]
+    e = BYTES_OF_DTYPE[recipe.compute_dtype]
     rows = micro_batch or min(recipe.micro_batch_sequences, -(-recipe.batch_sequences // ranks))
     shapes = trained_shapes(shape, recipe)
-    trained = _values(shapes)
-    whole = parameter_count(shape)
+    trained, whole = _values(shapes), parameter_count(shape)
     lora = recipe.update == "lora"
     weights_part = 1 / ranks if sharding == "fsdp" else 1.0
     state_part = 1 / ranks if sharding in ("zero1", "fsdp") else 1.0
-    optimizer = optimizer_state_bytes(recipe.optimizer, shapes)
-    copy = 0 if dtype == "float32" else e * trained
-    activations, attention = _activations(shape, recipe, rows, twin, device)
-    targets = min(rows * recipe.sequence_tokens, LOSS_CHUNK)
-    logits = targets * shape.vocab_size * (e + 4 * 3)
-    transients = _transients(shape, recipe, shapes, twin=twin, ranks=ranks, sharding=sharding)
-    base = 4 * whole * weights_part if not lora else e * whole * weights_part
-    own = 4 * trained + copy + 4 * trained
-    changing = activations + attention + logits + transients
-    margin = int(_MARGIN.get((twin, device), 0.15) * changing)
+    copy = 0 if e == BYTES_OF_DTYPE["float32"] else e * trained
+    factors = _ALLOCATORS.get((twin, device), _UNMEASURED)
+    step = _step(shape, recipe, rows, twin, device)
+    asked = step.kept + step.again + step.layer + step.logits
+    # On other devices the start weights lie in the machine's memory, not in the card's.
+    opening = 0.0 if lora or device == "cuda" else factors.opening * max(0.0, 4 * whole - asked)
+    short_lived = factors.layer * step.layer + opening
+    short_lived += 0.0 if lora else factors.biggest * e * max(math.prod(size) for size in shapes.values())
+    # The update begins when a step's activations are gone: only what it takes beyond them counts.
+    update = max(0.0, _update_workspace(recipe.optimizer, shapes, twin) - asked - step.attention - short_lived)
+    transients = short_lived + update + _exchange(shape, shapes, e, ranks, sharding)
+    margin = factors.base + (factors.kept - 1) * step.kept + (factors.again - 1) * step.again
+    margin += (factors.logits - 1) * step.logits + factors.adapters * step.projections
+    changing = step.kept + step.again + step.attention + step.logits + transients + margin
     return RankMemory(
-        weights=int(base),
+        weights=int((e if lora else 4) * whole * weights_part),
         compute_copy=0 if lora else int(copy * weights_part),
         gradients=0 if lora else int(4 * trained * weights_part),
-        optimizer=int(optimizer * state_part),
-        adapters=int(own * weights_part) if lora else 0,
-        activations=activations,
-        attention=attention,
-        logits=logits,
-        transients=transients,
-        margin=margin,
+        optimizer=int(optimizer_state_bytes(recipe.optimizer, shapes) * state_part),
+        adapters=8 * trained + copy if lora else 0,
+        activations=int(step.kept + step.again),
+        attention=int(step.attention),
+        logits=int(step.logits),
+        transients=int(transients),
+        margin=int(margin + factors.rest * changing),
         runtime=_RUNTIME[(twin, device)],
         writing=checkpoint_bytes(shape, recipe),
     )
 
 
-def _transients(
-    shape: Shape,
-    recipe: Recipe,
-    shapes: Sizes,
-    *,
-    twin: Twin,
-    ranks: int,
-    sharding: Sharding,
-) -> int:
-    """Short-lived copies of weights' size: gradients of a backward pass, the update's workspace, exchange buckets."""
-    e = BYTES_OF_DTYPE[recipe.compute_dtype]
-    biggest = max(math.prod(size) for size in shapes.values())
-    gradients = e * _values(shapes) / (ranks if sharding == "fsdp" else 1)
-    update = _update_workspace(recipe.optimizer, shapes, twin)
-    exchange = 0 if ranks == 1 else 2 * _BUCKET
-    gathered = 0
+def _exchange(shape: Shape, shapes: Sizes, e: int, ranks: int, sharding: Sharding) -> float:
+    """Buckets on the wire; with fsdp two gathered layers (or embeddings), with zero1 one whole tensor."""
+    if ranks == 1:
+        return 0.0
+    buckets = 2.0 * _BUCKET
     if sharding == "fsdp":
-        d = shape.hidden_size
-        layer = (parameter_count(shape) - shape.vocab_size * d * (1 if shape.tied else 2)) // shape.layers
-        gathered = 2 * e * max(layer, shape.vocab_size * d)
-    elif sharding == "zero1":
-        exchange += 4 * biggest
-    return int(max(gradients, update) + exchange + gathered)
+        table = shape.vocab_size * shape.hidden_size
+        layer = (parameter_count(shape) - table * (1 if shape.tied else 2)) // shape.layers
+        return buckets + 2 * e * max(layer, table)
+    if sharding == "zero1":
+        return buckets + 4 * max(math.prod(size) for size in shapes.values())
+    return buckets
 
 
 def _update_workspace(spec: OptimizerSpec, shapes: Sizes, twin: Twin) -> float:
