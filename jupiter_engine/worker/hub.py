@@ -38,6 +38,7 @@ from jupiter_engine.training.distributed.islands.copies import HubCopies, adopt
 from jupiter_engine.training.distributed.islands.hub import Hub, HubRun
 from jupiter_engine.training.distributed.islands.island import block_tokens
 from jupiter_engine.training.distributed.islands.keeping import Keeper
+from jupiter_engine.training.distributed.islands.ledger import Deposed
 from jupiter_engine.training.distributed.islands.local import LocalIsland
 from jupiter_engine.training.distributed.islands.payload import Payload, Source, of_arrays, write_payload
 from jupiter_engine.training.distributed.islands.starting import Machine, RemoteIsland
@@ -102,27 +103,33 @@ def run(context: RunContext, order: TrainOrder) -> None:
             carriers=_carriers(order, folder),
             tend=lambda: _tend(keepers, listener, copies, hub),
         )
-        ended = False
+        replaced = False
         try:
             kept = hub.ledger.metrics()
             rewind_metrics(folder / "metrics.jsonl", b"".join(kept))
             _announce(context, order, hub)
             for keeper in keepers:
                 keeper.begin()
-            done = ended = hub.run()
-            if not done:
-                ended = True
-                raise Halt
-            result = _publish(job, hub, _carried(hub))
+            result = _publish(job, hub, _carried(hub)) if hub.run() else None
+        except Deposed:
+            # The islands are another hub's.
+            replaced = True
+            raise
+        except BaseException:
+            # Whatever went wrong here: no island trains on for nobody.
+            hub.say_end("halted")
+            raise
         finally:
             for keeper in keepers:
-                if ended:
-                    keeper.end(grace_s=_END_S)
-                else:
+                if replaced:
                     keeper.leave()
+                else:
+                    keeper.end(grace_s=_END_S)
             if copies is not None:
                 copies.close()
             hub.close()
+    if result is None:
+        raise Halt
     write_json(context.folder / "trained.json", Trained(result=result))
     context.finish(result)
 

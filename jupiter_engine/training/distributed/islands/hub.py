@@ -155,7 +155,7 @@ class Hub:
             totals = self.ledger.totals()
             done = totals.merged == totals.blocks
             if done or not self._gather(current):
-                self._say_end("done" if done else "halted")
+                self.say_end("done" if done else "halted")
                 return done
 
     @property
@@ -207,7 +207,8 @@ class Hub:
                 shutil.rmtree(path, ignore_errors=True)
         exchange.forget_before(self.exchange, current.number - 1)
 
-    def _say_end(self, reason: str) -> None:
+    def say_end(self, reason: str) -> None:
+        """Let the islands come to their end (`done`) or to rest (`halted`)."""
         write_json(self.exchange / exchange.END, exchange.End(reason=reason))
 
     # -- a round ---------------------------------------------------------------------------------
@@ -300,12 +301,12 @@ class Hub:
             write_json(exchange.round_folder(self.exchange, number) / exchange.PLAN, plan)
 
     def _shares(self, leases: Mapping[str, object]) -> dict[str, float]:
-        """Expected part of each island in the work, by speed where it is known. An island that is not there has none,
-        except while nobody knows yet who will come."""
-        known = [self._seen[island].rate for island in self._run.islands if self._seen[island].rate > 0.0]
+        """Expected part of each island in a round, by its speed where that is known. An island that is not there has
+        none, except while nobody knows yet who will come."""
+        known = [steps for island in self._run.islands if (steps := self._round_steps(island)) > 0.0]
         usual = sum(known) / len(known) if known else 1.0
         parts = {
-            island: (self._seen[island].rate or usual)
+            island: (self._round_steps(island) or usual)
             if island in leases or self._alive(island) or self._seen[island].beat == -1
             else 0.0
             for island in self._run.islands
@@ -313,15 +314,20 @@ class Hub:
         total = sum(parts.values()) or 1.0
         return {island: part / total for island, part in parts.items()}
 
+    def _round_steps(self, island: str) -> float:
+        """Steps that an island is expected to make in a round; 0: not known yet."""
+        expected = self._seen[island].rate * self._run.spec.round_s
+        return min(expected, self._run.spec.max_steps or math.inf)
+
     def _wanted(self, island: str, shares: Mapping[str, float], open_blocks: int) -> int:
         """Blocks of a lease: the island's share of all that is left, but no more than it can use before it hears of
         the hub again."""
-        spec, rate = self._run.spec, self._seen[island].rate
+        spec, steps = self._run.spec, self._round_steps(island)
         wanted, rounds = math.ceil(open_blocks * shares[island]), 1 + spec.max_unsynced_rounds
         if spec.max_steps:
             wanted = min(wanted, rounds * spec.max_steps)
-        if rate > 0.0:
-            wanted = min(wanted, math.ceil(_AHEAD * rounds * rate * spec.round_s))
+        elif steps > 0.0:
+            wanted = min(wanted, math.ceil(_AHEAD * rounds * steps))
         return max(1, wanted)
 
     # -- contributions ---------------------------------------------------------------------------
