@@ -20,7 +20,9 @@ ISLANDS = {"macs": "node2", "boxes": "node3"}
 class IslandCluster(Cluster):
     """This machine does everything but the training, and trains nothing."""
 
-    def __init__(self, rig: Rig, root: Path, *, steps: int, round_s: float = 10.0, max_steps: int = 4) -> None:
+    def __init__(
+        self, rig: Rig, root: Path, *, steps: int, round_s: float = 10.0, max_steps: int = 4, hub: str = "node1"
+    ) -> None:
         """`max_steps`: of an island in a round; the torch one would else make dozens."""
         self.rig, self.root, self.steps, self.engine = rig, root, steps, None
         make_workspace(root, domain=domain(steps=steps, twin="mlx"))
@@ -37,7 +39,7 @@ class IslandCluster(Cluster):
         (root / "config" / "cluster.yaml").write_text(
             "nodes:\n  - {host: localhost, name: here, device_type: cpu, role: hybrid, can_train: false}\n"
             f"{nodes}groups:\n{groups}"
-            "islands:\n  groups: [macs, boxes]\n  hub: node1\n"
+            f"islands:\n  groups: [macs, boxes]\n  hub: {hub}\n"
             f"  rounds: {{round_s: {round_s}, max_steps: {max_steps}, grace_s: 30, quorum: 1}}\n"
             "launch: {threads_per_rank: 1}\n"
             "connection: {keepalive_s: 3, connect_timeout_s: 5, reconnect_max_s: 2}\n"

@@ -101,3 +101,17 @@ def test_an_islands_machine_merges_when_that_of_the_hub_is_gone(cluster: IslandC
     started = [text for text in cluster.notices() if "-train works on" in text]
     assert started[0].endswith("works on node1, node2, node3")
     assert started[1].endswith("works on node2, node3")
+
+
+def test_this_machine_may_merge(tmp_path: Path) -> None:
+    with Rig(3, disk_bytes=700 << 20) as rig:
+        cluster = IslandCluster(rig, tmp_path / "workspace", steps=12, round_s=6.0, hub="here")
+        try:
+            cluster.jupiter("nodes", "link", "--group", "islands")
+            cluster.start()
+            cluster.finish(400.0)
+            check_whole(cluster)
+            said = cluster.jupiter("nodes", "topology").stdout
+            assert "Islands: macs (node2), boxes (node3). here merges what they have learnt every 6s." in said
+        finally:
+            cluster.kill_engine()
