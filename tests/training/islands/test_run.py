@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,11 @@ def test_two_islands_train_one_model(payload: str, tmp_path: Path) -> None:
     assert (result["steps"], result["rounds"]) == (60, len(run.metrics()))
     assert result["last_loss"] < result["first_loss"] - 1.0
     assert all(np.isfinite(value).all() for value in run.weights().values())
+    # One warm-up for the whole run: no round begins another.
+    rates = [metric.learning_rate for metric in run.metrics()]
+    after = rates[rates.index(max(rates)) :]
+    assert all(later <= 1.2 * rate for rate, later in pairwise(after))
+    assert rates[-1] < 0.4 * run.order.recipe.optimizer.learning_rate
     with safe_open(target / "model.safetensors", "np") as file:
         assert file.metadata()["format"] == "pt"
     assert exchange.read(run.folder / "exchange" / exchange.END, exchange.End) == exchange.End(reason="done")
