@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from msgspec import inspect as mi
 
 from jupiter_engine.settings import former_cluster, former_domain, reference, workspace
+from jupiter_engine.settings.cluster import hub_node, islands, load_cluster
 from jupiter_engine.settings.domain import load_domain
 from jupiter_engine.settings.reader import leaves
 
@@ -51,7 +53,8 @@ def test_a_missing_marker_is_not_overlooked() -> None:
 
 
 def test_the_yaml_of_the_documentation_loads(tmp_path: Path) -> None:
-    smallest = CONFIG.split("```yaml\n")[1].split("```")[0]
+    domains = CONFIG[CONFIG.index("## config/domains/NAME.yaml") :]
+    smallest = domains.split("```yaml\n")[1].split("```")[0]
     (tmp_path / "rocks.yaml").write_text(smallest)
     settings = yaml.safe_load(smallest)
     guide = (ROOT / "docs" / "new_domain.md").read_text(encoding="utf-8")
@@ -61,6 +64,19 @@ def test_the_yaml_of_the_documentation_loads(tmp_path: Path) -> None:
     (tmp_path / "stones.yaml").write_text(yaml.safe_dump(settings).replace("name: rocks", "name: stones"))
     assert load_domain(tmp_path / "rocks.yaml").warnings == ()
     assert load_domain(tmp_path / "stones.yaml").warnings == ()
+
+
+def test_the_islands_of_the_documentation_are_two(tmp_path: Path) -> None:
+    section = CONFIG[CONFIG.index("## config/cluster.yaml") : CONFIG.index("## config/domains/NAME.yaml")]
+    example = textwrap.dedent(section.split("```yaml\n")[1].split("```")[0])
+    nodes = (
+        "nodes: [{host: mini-1, device_type: mac}, {host: mini-2, device_type: mac}, {host: box, device_type: nvidia}]"
+    )
+    (tmp_path / "cluster.yaml").write_text(f"{nodes}\n{example}")
+    loaded = load_cluster(tmp_path / "cluster.yaml")
+    assert loaded.warnings == ()
+    assert [island.nodes for island in islands(loaded.value)] == [("mini-1", "mini-2"), ("box",)]
+    assert hub_node(loaded.value).host == "mini-1"
 
 
 def test_every_older_key_is_mentioned() -> None:
