@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from jupiter_engine.checkpoints.store import Checkpoint, CheckpointStore, Identi
 from jupiter_engine.data.queue.snapshot import Snapshot, read_snapshot
 from jupiter_engine.errors import ConfigError, ModelInvalid, NoUsableNode, StateError
 from jupiter_engine.files import read_json, require_free, sha256_file, write_json
+from jupiter_engine.planning.memory import DeviceKind
 from jupiter_engine.planning.plan import TrainingPlan, plan_training
 from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.orders import TrainOrder
@@ -244,9 +246,20 @@ def _start(order: TrainOrder, run_folder: Path) -> tuple[ModelInfo, str, Path]:
     if not folder.exists():
         # Asked before gigabytes of random weights are made: can this machine hold the run at all?
         shape = preset_shape(order.recipe.preset)
-        _require_room(run_folder, plan_training(shape, order.recipe, order.launch.ranks), order, start=shape)
+        _require_room(run_folder, _plan(shape, order), order, start=shape)
         write_scratch(folder, preset=order.recipe.preset, tokenizer=Path(order.tokenizer), seed=order.recipe.seed)
     return verify(folder), folder_sha256(folder), folder
+
+
+def _plan(shape: Shape, order: TrainOrder) -> TrainingPlan:
+    """What a rank of the run takes here."""
+    launch = order.launch
+    kind: DeviceKind = "cpu"
+    if launch.twin == "mlx" and sys.platform == "darwin":
+        kind = "metal"
+    elif launch.twin == "torch" and shutil.which("nvidia-smi"):
+        kind = "cuda"
+    return plan_training(shape, order.recipe, launch.ranks, twin=launch.twin, kind=kind, sharding=launch.sharding)
 
 
 def _require_room(
@@ -259,7 +272,7 @@ def _require_room(
     needed = max(plan.disk - stored, plan.target) + _SPARE_BYTES
     needed += weight_bytes(start, "float32") if start is not None else 0
     require_free(folder, needed, "training (checkpoints and the trained model)")
-    memory, total = plan.memory * order.launch.most_ranks_of_a_host(), psutil.virtual_memory().total
+    memory, total = plan.host_memory * order.launch.most_ranks_of_a_host(), psutil.virtual_memory().total
     if memory > total:
         raise NoUsableNode(
             f"training {plan.parameters / 1e6:.0f}M parameters needs about {bytes_text(memory)} of memory, "
@@ -271,7 +284,7 @@ def _require_room(
 def _announce(context: RunContext, job: Job) -> None:
     """Say what the run takes; refuse a disk that cannot hold it."""
     recipe, ranks = job.order.recipe, job.order.launch.ranks
-    plan = plan_training(job.info, recipe, ranks)
+    plan = _plan(job.info, job.order)
     stored = sum(path.stat().st_size for path in checkpoint_folder(job.folder).rglob("*.safetensors"))
     _require_room(job.folder, plan, job.order, stored=stored)
     context.note(
@@ -282,9 +295,9 @@ def _announce(context: RunContext, job: Job) -> None:
     )
     available = psutil.virtual_memory().available
     here = job.order.launch.hosts[0].ranks if job.order.launch.hosts else ranks
-    if plan.memory * here > available:
+    if plan.host_memory * here > available:
         context.note(
-            f"The plan needs {bytes_text(plan.memory * here)} of memory, {bytes_text(available)} are available: "
+            f"The plan needs {bytes_text(plan.host_memory * here)} of memory, {bytes_text(available)} are available: "
             "training may be slow or be ended by the system. Lower micro_batch_sequences or choose a smaller model",
             "warning",
         )

@@ -20,7 +20,7 @@ from jupiter_tui.bridge.threads import Errand, Opener, Worker, open_workspace
 from jupiter_tui.view.picture import Curve
 
 if TYPE_CHECKING:
-    from jupiter_engine.api import SampleView, Workspace
+    from jupiter_engine.api import Outlook, SampleView, Workspace
     from jupiter_engine.protocol.commands import AnyCommand
     from jupiter_engine.protocol.rows import Chunk
 
@@ -94,6 +94,16 @@ class Bridge:
 
     async def chunk(self, domain: str, chunk_id: str) -> Chunk | None:
         return await self.ask(lambda w: w.chunk(domain, chunk_id))
+
+    async def outlook(self, domain: str) -> tuple[Outlook, str]:
+        """The planner's answer for a domain's training, and what would make it fit."""
+        from jupiter_engine.api import nearest_text
+
+        def work_out(workspace: Workspace) -> tuple[Outlook, str]:
+            answer = workspace.outlook(domain, compare=False)
+            return answer, nearest_text(answer)
+
+        return await self.ask(work_out)
 
     async def curve(self, cycle: CycleState) -> Curve:
         """The optimizer steps of a cycle's training, whole."""

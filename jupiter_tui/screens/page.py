@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import ClassVar
 
 from textual import work
@@ -172,13 +172,27 @@ class Page(Screen[None]):
         return True
 
     @work
+    async def plan_start(self, domain: str, show: Callable[[list[Line]], None]) -> None:
+        """Ask the planner about a domain's training, and show its answer or why there is none."""
+        from jupiter_tui.view.outlook import outlook_lines
+
+        try:
+            answer, fix = await self.desk.bridge.outlook(domain)
+        except JupiterError as error:
+            show([[(error.sentence(), "warn")]])
+            return
+        show(outlook_lines(answer, fix))
+
+    @work
     async def start_cycles(self, domain: str) -> None:
         """Ask how, then start cycles of a domain."""
         # Sheets bring Textual's Input, whose import would delay the first frame.
         from jupiter_engine.protocol.commands import StartCycles
         from jupiter_tui.screens.sheets import StartSheet, StartWish
 
-        wish = await self.app.push_screen_wait(StartSheet(domain, self.picture))
+        sheet = StartSheet(domain, self.picture)
+        self.plan_start(domain, sheet.planned)
+        wish = await self.app.push_screen_wait(sheet)
         if isinstance(wish, StartWish):
             self.say(f"starting the engine for {domain}…")
             command = StartCycles(domain=domain, cycles=wish.cycles, mode="auto" if wish.auto else "interactive")

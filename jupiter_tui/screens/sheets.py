@@ -158,6 +158,13 @@ class StartSheet(Sheet[StartWish]):
         self._domain = domain
         self._picture = picture
         self._cycles, self._auto = 1, False
+        self._plan: list[Line] = [[("plan       being worked out", "dim")]]
+
+    def planned(self, lines: list[Line]) -> None:
+        """Show what the planner says about the training."""
+        self._plan = lines
+        if self.is_mounted:
+            self._show()
 
     def _show(self) -> None:
         mode, who = (
@@ -169,6 +176,8 @@ class StartSheet(Sheet[StartWish]):
             [("cycles  ", "dim"), (str(self._cycles), "bold"), ("    + more, - fewer", "dim")],
             [("mode    ", "dim"), (mode, "bold"), ("    m changes it", "dim")],
             [("        ", "dim"), (who, "")],
+            [],
+            *self._plan,
             [],
             [("enter starts, escape leaves", "title")],
         ]
