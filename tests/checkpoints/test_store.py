@@ -87,10 +87,9 @@ def test_multiples_and_the_best_one_are_kept_besides_the_newest(tmp_path: Path) 
 def test_nothing_older_goes_until_the_new_one_was_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(tmp_path, keep=1)
     store.write(checkpoint(5))
-    write = store_module.write_arrays
 
     def lying(path: Path, arrays: dict[str, Array]) -> FileRecord:
-        record = write(path, arrays)
+        record = write_arrays(path, arrays)
         if path.name == "optimizer.safetensors":
             _flip(path)
         return record

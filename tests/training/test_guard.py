@@ -59,14 +59,14 @@ def test_there_is_no_spike_before_the_window_is_full_or_without_a_factor() -> No
 
 def test_patience_counts_measurements_without_a_real_improvement() -> None:
     early = EarlyStop(EarlyStopSpec(every_steps=5, patience=2, min_improvement=0.1))
+    over: list[bool] = []
     assert [early.due(step, last=step == 12) for step in (4, 5, 10, 12)] == [False, True, True, True]
-    assert early.note(5, 3.0)
-    assert not early.note(10, 2.95)
-    assert not early.over
-    assert early.note(15, 2.8)
-    assert not early.note(20, math.nan)
-    assert not early.note(25, 2.79)
-    assert early.over
+    better: list[bool] = []
+    for step, loss in ((5, 3.0), (10, 2.95), (15, 2.8), (20, math.nan), (25, 2.79)):
+        better.append(early.note(step, loss))
+        over.append(early.over)
+    assert better == [True, False, True, False, False]
+    assert over == [False, False, False, False, True]
     assert (early.best_step, early.best_loss) == (15, 2.8)
     again = EarlyStop(EarlyStopSpec(every_steps=5, patience=2, min_improvement=0.1))
     again.restart([(5, 3.0), (10, 2.95), (15, 2.8)])

@@ -61,7 +61,7 @@ def data(case: Case) -> Any:
 def run(case: Case, folder: Path, *, joined: bool) -> None:
     twin: Any = importlib.import_module(f"jupiter_engine.backends.{case.twin}.train")
     group = twin.join_group() if joined else None
-    rank, ranks = (group.rank, group.ranks) if joined else (0, 1)
+    rank, ranks = (group.rank, group.ranks) if group is not None else (0, 1)
     weights = nano.weights() if rank == 0 else None
     trainer = twin.open_trainer(nano.INFO, case.recipe, weights, group=group, threads=1, sharding=case.sharding)
     store = CheckpointStore(folder / "checkpoints", keep=2) if rank == 0 else None
@@ -91,12 +91,13 @@ def in_group(case: Case, folder: Path) -> None:
     """Carry the case out by real ranks on this machine; the launcher's output stands in FOLDER/output.log."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "case.json").write_bytes(msgspec.json.encode(case))
-    launcher = "torchrun" if case.twin == "torch" else "mlx.launch"
-    launch = LaunchSpec(twin=case.twin, ranks=len(case.sizes), launcher=launcher, threads_per_rank=1)
-    argv = [
-        "tests.training.uneven_rank" if part == PROGRAM else part
-        for part in launch_command(launch, folder, 1)
-    ]
+    launch = LaunchSpec(
+        twin=case.twin,
+        ranks=len(case.sizes),
+        launcher="torchrun" if case.twin == "torch" else "mlx.launch",
+        threads_per_rank=1,
+    )
+    argv = ["tests.training.uneven_rank" if part == PROGRAM else part for part in launch_command(launch, folder, 1)]
     root = Path(__file__).parents[2]
     with (folder / "output.log").open("wb") as log:
         env = launch_environment(launch)
