@@ -46,9 +46,10 @@ class TextCodec:
         self.pad_id = self._id_of(settings.get("pad_token"), config.get("pad_token_id"))
         self._settings = settings
         self._template = self._chat_template(settings)
-        self._special = sorted(
-            (token.content for token in self._tokenizer.get_added_tokens_decoder().values()), key=len, reverse=True
-        )
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = sorted((token.content for token in added.values()), key=len, reverse=True)
+        self._special_ids = set(added)
+        self._spaced = self._tokenizer.encode("a", add_special_tokens=False).tokens[:1] not in ([], ["a"])
 
     # -- plain text ------------------------------------------------------------------------------
     @property
@@ -106,9 +107,10 @@ class TextCodec:
                     fix="use a template that only appends turns (ChatML does)",
                 )
             answer, ending = self._split_turn(whole[len(head) :])
-            shown, counted, rest = (self._encode_rendered(part) for part in (head[len(done) :], answer, ending))
-            ids += shown + counted + rest
-            mask += [0] * len(shown) + [1] * len(counted) + [0] * len(rest)
+            for part, counts in ((head[len(done) :], 0), (answer, 1), (ending, 0)):
+                found = self._encode_rendered(part, after=ids)
+                ids += found
+                mask += [counts] * len(found)
             done = whole
         return ids, mask
 
@@ -138,16 +140,33 @@ class TextCodec:
         self._tokenizer.encode_special_tokens = True
         return self._tokenizer
 
-    def _encode_rendered(self, text: str) -> list[int]:
-        """Ids of rendered chat text: the template's special tokens count as such, those in messages as characters."""
+    def _encode_rendered(self, text: str, *, after: Sequence[int] = ()) -> list[int]:
+        """Ids of rendered chat text: the template's special tokens count as such, those in messages as characters.
+
+        `after`: what stands before it. Tokenizers of the SentencePiece kind (Llama 2, TinyLlama, Mistral) put a space
+        before a text; one that goes on after other text must not get it, or training would see other ids than
+        a prompt gives. After a special token they put it even within a text.
+        """
         ids: list[int] = []
         for part in _QUOTED.split(text):
+            before = ids[-1:] or list(after[-1:])
+            goes_on = bool(before) and before[0] not in self._special_ids
             if quoted := _QUOTED.fullmatch(part):
-                ids += self.encode(self._special[int(quoted[0][1:-1])])
+                ids += self._encode_on(self._special[int(quoted[0][1:-1])], special=False, goes_on=goes_on)
             elif part:
-                self._tokenizer.encode_special_tokens = False
-                ids += self._tokenizer.encode(part, add_special_tokens=False).ids
+                ids += self._encode_on(part, special=True, goes_on=goes_on)
         return ids
+
+    def _encode_on(self, text: str, *, special: bool, goes_on: bool) -> list[int]:
+        self._tokenizer.encode_special_tokens = not special
+        if goes_on and self._spaced:
+            lead = self._tokenizer.encode("\n", add_special_tokens=False).ids
+            whole: list[int] = self._tokenizer.encode(f"\n{text}", add_special_tokens=False).ids
+            # A newline is a token of its own there, so what follows it is what follows any text.
+            if whole[: len(lead)] == lead:
+                return whole[len(lead) :]
+        found: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return found
 
     def _quote(self, message: Message) -> Message:
         """The message with special tokens' texts in its content replaced, so that no text can fake a turn."""

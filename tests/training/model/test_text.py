@@ -168,3 +168,50 @@ def test_templates_in_use_give_the_ids_of_transformers_and_count_every_answer(
     assert list(prompt) == codec.chat_prompt(TURNS[:1]) == ids[: len(prompt)]
     answers = theirs.decode(counted(ids, mask))
     assert answers.split("<|im_end|>") in (["Two.", "Four.", ""], ["\nTwo.", "\nFour.", ""]), answers
+
+
+@pytest.fixture(scope="module")
+def spaced_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer built like Llama 2's: a space before every text, bytes for what the vocabulary lacks."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+
+    folder = tmp_path_factory.mktemp("spaced")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
+    texts = ["What is it? And what is this? It is two. Four, [INST] and user, assistant: |<>"] * 3
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    )
+    values = json.loads(tokenizer.to_str())
+    vocabulary = values["model"]["vocab"]
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    (folder / "config.json").write_text('{"eos_token_id": 2, "bos_token_id": 1}')
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # transformers' own warnings are not ours to fix
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_tokenizer_that_puts_a_space_before_texts_puts_it_once(
+    spaced_folder: Path, tmp_path: Path, name: str
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(spaced_folder, tmp_path / "model")
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATES[name]}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    codec = TextCodec(tmp_path / "model")
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "model" / "tokenizer.json"), **settings)
+    wanted = theirs.apply_chat_template(TURNS, tokenize=True, return_dict=True)["input_ids"]
+    ids, mask = codec.chat_example(TURNS)
+    assert ids == list(wanted)
+    # The first template ends turns with a marker that is plain text to this tokenizer.
+    assert "".join(codec.decode(counted(ids, mask)).split()).replace("<|im_end|>", "") == "Two.Four."
+    prompt = codec.chat_prompt(TURNS[:1])
+    assert ids[: len(prompt)] == prompt
+    assert codec.decode(codec.encode("def f(x):\n    return 'ß漢'\n")) == "def f(x):\n    return 'ß漢'\n"
