@@ -127,9 +127,7 @@ class Hub:
         self.exchange = folder / "exchange"
         exchange.make_folders(self.exchange)
         (folder / "state").mkdir(exist_ok=True)
-        size = payload_bytes(run.shapes, "float32")
-        # Two rounds' theta and momentum, their bases, and a contribution of each island.
-        require_free(folder, (4 + 2 + len(run.islands)) * size + _SPARE_BYTES, "the hub (two rounds of every file)")
+        require_free(folder, self._needed() + _SPARE_BYTES, "the hub (two rounds of weights and contributions)")
         self.ledger = Ledger(folder / "rounds.db")
         self.ledger.create(run.identity, run.tokens)
         self.fence = self.ledger.take_lead(owner, _LEAD_S, gone)
@@ -140,6 +138,21 @@ class Hub:
         self._seen = {island: _Seen() for island in run.islands}
         self._merge_s = 0.0
         self._merged_at = time.monotonic()
+
+    def _needed(self) -> int:
+        """Bytes on disk beyond what lies there from an earlier start: of two rounds theta, momentum and base, and the
+        contributions of one and a half."""
+        shapes, kind = self._run.shapes, self._run.spec.payload
+        base = payload_bytes(shapes, outer.base_encoding(kind))
+        contributions = math.ceil(1.5 * len(self._run.islands)) * payload_bytes(shapes, kind)
+        stored = sum(
+            path.stat().st_size
+            for name in ("state", "exchange")
+            for path in (self._folder / name).rglob("*.safetensors")
+            # Bases are linked from one folder into the other.
+            if name == "state" or path.name != exchange.BASE
+        )
+        return max(0, 4 * payload_bytes(shapes, "float32") + 2 * base + contributions - stored)
 
     # -- the run ---------------------------------------------------------------------------------
     def run(self) -> bool:
