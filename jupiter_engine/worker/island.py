@@ -9,7 +9,8 @@ from typing import Any
 from jupiter_engine import __version__
 from jupiter_engine.checkpoints.store import CheckpointStore, World
 from jupiter_engine.errors import StateError
-from jupiter_engine.training.distributed.hosts import ranks_asked_for
+from jupiter_engine.training.balance import Balance
+from jupiter_engine.training.distributed.hosts import hosts_taking_part, micro_batch_sizes, ranks_asked_for
 from jupiter_engine.training.distributed.islands.island import Island
 from jupiter_engine.training.distributed.islands.pace import IslandReporter
 from jupiter_engine.training.step import GroupStep
@@ -47,6 +48,7 @@ def train_island(job: Job, reporter: IslandReporter, *, joined: bool = False) ->
     )
     del weights
     world = World(twin=order.launch.twin, ranks=trainer.ranks, versions={"jupiter": __version__, **twin.versions()})
+    sizes = micro_batch_sizes(order.launch, recipe, trainer.ranks, hosts_taking_part())
     island = Island(
         recipe,
         job.data,
@@ -55,7 +57,7 @@ def train_island(job: Job, reporter: IslandReporter, *, joined: bool = False) ->
         store,
         order.island,
         job.folder.absolute(),
-        GroupStep(recipe, job.data, trainer, reporter),
+        GroupStep(recipe, job.data, trainer, reporter, Balance(sizes, lockstep=trainer.lockstep)),
         identity=job.identity,
         world=world,
     )
