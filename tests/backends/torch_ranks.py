@@ -147,6 +147,10 @@ def main() -> None:
     seen = {name: play(scenario, folder / name, group) for name, scenario in scenarios.items()}
     (folder / f"rank-{group.rank}.json").write_text(json.dumps(seen))
     group.close()
+    # As worker/rank.py ends: past the interpreter's own end, where gloo's threads may still let go of tensors.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

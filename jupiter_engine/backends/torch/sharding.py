@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from jupiter_engine.backends.torch.collectives import Alone
+from jupiter_engine.backends.torch.collectives import Alone, buckets
 from jupiter_engine.backends.torch.model import Llama
 from jupiter_engine.backends.torch.optimizers import Optimizer, build
 from jupiter_engine.checkpoints.tensors import Array
@@ -134,9 +134,11 @@ class Replicated:
             self._compute[name] = place(model, name, compute, trained=True)
         self._gradients: dict[str, Tensor] = {}
         self._filled: set[str] = set()
+        self._flat: dict[int, list[Tensor]] = {}
+        """Memory of the float32 gradients by the rank that they are summed on, whole buckets: sent as they lie."""
         if self._rounded:
+            self._flat = {rank: self._room(names) for rank, names in self._dealt().items()}
             for name, parameter in self._compute.items():
-                self._gradients[name] = torch.empty(self._shapes[name], dtype=torch.float32, device=device)
                 parameter.register_post_accumulate_grad_hook(self._adder(name))
         mine = {name: self._shapes[name] for name in self._names if name in self._mine}
         self._optimizer: Optimizer = build(spec, mine, device=device)
@@ -144,6 +146,20 @@ class Replicated:
     def _owned(self) -> set[str]:
         """Names of the weights that this rank updates."""
         return set(self._names)
+
+    def _dealt(self) -> dict[int, list[str]]:
+        """Names by the rank that their gradients are summed on; one entry where that is every rank."""
+        return {0: self._names}
+
+    def _room(self, names: Sequence[str]) -> list[Tensor]:
+        """Make `names`' gradients views of few large tensors, which are returned."""
+        flats: list[Tensor] = []
+        for bucket in buckets([4 * math.prod(self._shapes[name]) for name in names]):
+            sizes = [math.prod(self._shapes[names[place]]) for place in bucket]
+            flats.append(torch.empty(sum(sizes), dtype=torch.float32, device=self._device))
+            for place, view in zip(bucket, flats[-1].split(sizes), strict=True):
+                self._gradients[names[place]] = view.view(self._shapes[names[place]])
+        return flats
 
     def _adder(self, name: str) -> Any:
         def add(parameter: Tensor) -> None:
@@ -177,7 +193,7 @@ class Replicated:
     def reduce(self) -> float:
         gradients = list(self._complete().values())
         self._filled.update(self._names)
-        self._group.all_sum(gradients)
+        self._group.all_sum(self._flat.get(0, gradients))
         return float(_norm(gradients))
 
     def apply(self, learning_rate: float, gradient_scale: float) -> None:
@@ -247,11 +263,14 @@ class Zero1(Replicated):
     def _of(self, rank: int) -> list[str]:
         return [name for name in self._names if self._owners[name] == rank]
 
+    def _dealt(self) -> dict[int, list[str]]:
+        return {rank: self._of(rank) for rank in range(self._group.ranks)}
+
     def reduce(self) -> float:
         gradients = self._complete()
         self._filled.update(self._names)
         for rank in range(self._group.ranks):
-            self._group.sum_to(rank, [gradients[name] for name in self._of(rank)])
+            self._group.sum_to(rank, self._flat.get(rank) or [gradients[name] for name in self._of(rank)])
         mine = float(_norm([gradients[name] for name in self._master]))
         # Added up in the order of ranks everywhere, so all ranks get the same last bit.
         return math.sqrt(float((self._group.exchange([mine])[:, 0] ** 2).sum()))
