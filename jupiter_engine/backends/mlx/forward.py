@@ -131,11 +131,8 @@ def _head_loss(chunks: int) -> Callable[..., tuple[mx.array, mx.array, mx.array]
             spread = mx.max(logits, axis=-1) - mx.log(mx.max(shares, axis=-1))
             chosen = mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
             total = total + mx.sum((spread - chosen) * counted)
-            slope = shares * counted[:, None]
-            slope = slope.at[mx.arange(len(wanted)), wanted].subtract(counted).astype(weight.dtype)
-            slopes.append(slope @ weight)
-            # Parts are added up in float32, whatever the products' precision.
-            part = (slope.T @ hidden).astype(mx.float32)
+            below, part = _slopes(weight, hidden, shares, wanted, counted)
+            slopes.append(below)
             change = part if change is None else change + part
         assert change is not None
         return total, mx.concatenate(slopes), change.astype(weight.dtype)
@@ -155,6 +152,24 @@ def _head_loss(chunks: int) -> Callable[..., tuple[mx.array, mx.array, mx.array]
 
     function: Callable[..., tuple[mx.array, mx.array, mx.array]] = cast(Any, loss)
     return function
+
+
+def _slopes(
+    weight: mx.array, hidden: mx.array, shares: mx.array, wanted: mx.array, counted: mx.array
+) -> tuple[mx.array, mx.array]:
+    """d(loss)/d(hidden) [K, D] and, in float32, d(loss)/d(weight) [V, D] from softmax [K, V].
+
+    The logits' gradient is softmax - onehot(wanted), times 0 where a target does not count. In float32 onehot and
+    zeros are applied to [K, D] and [V, D], which saves two passes over [K, V]; in bfloat16 that would round a share
+    near 1 before 1 is taken from it.
+    """
+    if weight.dtype == mx.float32:
+        kept = hidden * counted[:, None]
+        below = (shares @ weight - weight[wanted]) * counted[:, None]
+        return below, (shares.T @ kept).at[wanted].subtract(kept)
+    slope = shares * counted[:, None]
+    slope = slope.at[mx.arange(len(wanted)), wanted].subtract(counted).astype(weight.dtype)
+    return slope @ weight, (slope.T @ hidden).astype(mx.float32)
 
 
 def _scaled(array: mx.array, by: mx.array) -> mx.array:
