@@ -100,6 +100,12 @@ def _info(source: Path, fields: dict[str, Any], *, tied: bool) -> ModelInfo:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise ModelInvalid(f"{source} holds a {architecture!r} model", fix="use a GGUF file of a Llama model")
+    scaling = fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise ModelInvalid(
+            f"{source} has the RoPE scaling {scaling!r}, which is not read from GGUF files",
+            fix="use the model's folder in Hugging Face layout",
+        )
     try:
         heads = int(fields["llama.attention.head_count"])
         hidden = int(fields["llama.embedding_length"])
@@ -132,6 +138,12 @@ def _tensors(
 
     found: dict[str, np.ndarray] = {}
     for done, tensor in enumerate(reader.tensors, 1):
+        if tensor.name == "rope_freqs.weight":
+            # How llama.cpp stores the scaling of Llama 3.1 and later.
+            raise ModelInvalid(
+                f"{source} has scaled RoPE frequencies, which are not read from GGUF files",
+                fix="use the model's folder in Hugging Face layout",
+            )
         name = _hugging_face_name(tensor.name)
         if name is None:
             continue

@@ -40,7 +40,14 @@ def interleaved(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, 2, values.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
 
 
-def write_gguf(path: Path, tensors: dict[str, np.ndarray], *, architecture: str = "llama", pre: str = "smollm") -> None:
+def write_gguf(
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    *,
+    architecture: str = "llama",
+    pre: str = "smollm",
+    scaling: str = "",
+) -> None:
     from gguf import GGUFWriter
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -52,6 +59,10 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], *, architecture: str 
     writer.add_head_count(SHAPE.heads)
     writer.add_head_count_kv(SHAPE.kv_heads)
     writer.add_rope_freq_base(SHAPE.rope_theta)
+    if scaling == "linear":
+        writer.add_string("llama.rope.scaling.type", scaling)
+    elif scaling:
+        writer.add_tensor(scaling, np.ones(4, dtype=np.float32))
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -118,6 +129,14 @@ def test_another_architecture_is_refused(tmp_path: Path, tensors: dict[str, np.n
     write_gguf(tmp_path / "m.gguf", tensors, architecture="qwen2")
     with pytest.raises(ModelInvalid, match="qwen2"):
         convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "m")
+
+
+@pytest.mark.parametrize("scaling", ["linear", "rope_freqs.weight"])
+def test_scaled_rope_is_refused_not_lost(tmp_path: Path, tensors: dict[str, np.ndarray], scaling: str) -> None:
+    write_gguf(tmp_path / "m.gguf", tensors, scaling=scaling)
+    with pytest.raises(ModelInvalid, match="RoPE"):
+        convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_no_gguf_file_is_refused(tmp_path: Path) -> None:
