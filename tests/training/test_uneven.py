@@ -84,9 +84,9 @@ def test_divided_state_and_uneven_micro_batches_in_the_torch_twin(sharding: Shar
 
 @pytest.mark.slow
 @pytest.mark.parametrize("twin", ["torch", "mlx"])
-@pytest.mark.parametrize("checkpoint_every", [2, 50])
+@pytest.mark.parametrize(("checkpoint_every", "sharding"), [(2, "none"), (50, "none"), (50, "zero1")])
 def test_a_poisoned_row_in_a_real_group_is_left_out_as_by_one_rank(
-    twin: Twin, checkpoint_every: int, tmp_path: Path
+    twin: Twin, checkpoint_every: int, sharding: Sharding, tmp_path: Path
 ) -> None:
     wanted = recipe(
         batch_sequences=4,
@@ -95,7 +95,7 @@ def test_a_poisoned_row_in_a_real_group_is_left_out_as_by_one_rank(
         checkpoint_every_steps=checkpoint_every,
         spike_guard=SpikeGuardSpec(rollbacks=1),
     )
-    case = Case(twin=twin, recipe=wanted, sizes=(2, 2), slow=(0.0, 0.0), rows=48, poison=300)
+    case = Case(twin=twin, recipe=wanted, sizes=(2, 2), slow=(0.0, 0.0), sharding=sharding, rows=48, poison=300)
     uneven_rank.in_group(case, tmp_path / "group")
     reference = alone(twin, wanted, tmp_path / "alone", rows=48, poison=300)
     equal(tmp_path / "group", reference)
