@@ -10,6 +10,7 @@ import pytest
 
 from jupiter_engine.cli.main import main
 from jupiter_engine.cli.plan_text import span_text
+from jupiter_engine.cluster.shipping import ship
 from jupiter_engine.errors import ExitCode, NoUsableNode, UsageError
 from jupiter_engine.orchestrator.planner import (
     calibrations,
@@ -18,8 +19,9 @@ from jupiter_engine.orchestrator.planner import (
     with_preset,
 )
 from jupiter_engine.planning.time import Calibration
+from jupiter_engine.protocol.orders import CalibrateOrder
 from jupiter_engine.protocol.shapes import PRESETS, SMOLLM2_135M, parameter_count, shape_of_config
-from jupiter_engine.protocol.specs import Recipe
+from jupiter_engine.protocol.specs import LaunchSpec, Recipe
 from jupiter_engine.protocol.state import State
 from jupiter_engine.settings.cluster import load_cluster
 from jupiter_engine.settings.domain import load_domain
@@ -170,3 +172,16 @@ def test_spans_are_told_in_one_unit() -> None:
     assert span_text(3600, 9000) == "1.0 to 2.5 h"
     assert span_text(86400 * 19, 86400 * 23) == "19 to 23 days"
     assert span_text(40, 40.2) == "40 s"
+
+
+def test_another_machine_calibrates_with_its_own_framework(tmp_path: Path) -> None:
+    order = CalibrateOrder(
+        run="calibrate-1", domain="d", cycle=0, shape=PRESETS["nano"].shape, recipe=Recipe(),
+        launch=LaunchSpec(twin="torch", threads_per_rank=3), seconds=5.0,
+    )  # fmt: skip
+    shipment = ship(
+        order, home=tmp_path, run_folder=tmp_path / "runs" / "calibrate-1", twin="mlx", launch=LaunchSpec(twin="mlx")
+    )
+    assert isinstance(shipment.order, CalibrateOrder)
+    assert shipment.order.launch == LaunchSpec(twin="mlx", threads_per_rank=3)
+    assert (shipment.inputs, shipment.outputs) == ((), ())
