@@ -99,7 +99,13 @@ class Runner:
             with self.log.open("a") as log:
                 self._children.append(
                     subprocess.Popen(
-                        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+                        argv,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=log,
+                        text=True,
+                        env=environment,
+                        start_new_session=True,
                     )
                 )
 
@@ -189,8 +195,8 @@ def entries(settings: argparse.Namespace) -> list[Entry]:
             return [Entry("jupiter", ours, own)]
 
 
-def measure(runners: list[Runner], settings: argparse.Namespace) -> list[list[dict[str, float]]]:
-    """Rounds x runners: facts a step. All have been warmed up with two steps, and one more to choose the round."""
+def measure(runners: list[Runner], settings: argparse.Namespace, rounds: list[list[dict[str, float]]]) -> None:
+    """Fill `rounds` (x runners) with facts a step. Two steps warm each up, one more says how many make a round."""
     for runner in runners:
         runner.go(2)
     steps = []
@@ -200,16 +206,14 @@ def measure(runners: list[Runner], settings: argparse.Namespace) -> list[list[di
         if settings.case == "checkpoint":
             # As many steps for both; each round holds whole intervals of checkpoints.
             steps[-1] = max(CHECKPOINT_EVERY, steps[0] // CHECKPOINT_EVERY * CHECKPOINT_EVERY)
-    rounds = []
     for number in range(settings.rounds):
         found: list[dict[str, float]] = [{} for _ in runners]
         for index in random.Random(number).sample(range(len(runners)), len(runners)):
             facts = runners[index].go(steps[index])
             found[index] = {key: value if key == "loss" else value / steps[index] for key, value in facts.items()}
         rounds.append(found)
-        load = os.getloadavg()[0]
-        print(f"round {number + 1}: s/step", *(f"{f['seconds']:.3f}" for f in found), f"load {load:.1f}", flush=True)
-    return rounds
+        wall, cpu = (" ".join(f"{facts[key]:.3f}" for facts in found) for key in ("seconds", "cpu"))
+        print(f"round {number + 1}: s/step {wall}, cpu {cpu}, load {os.getloadavg()[0]:.1f}", flush=True)
 
 
 def report(found: list[Entry], rounds: list[list[dict[str, float]]], settings: argparse.Namespace) -> None:
@@ -292,7 +296,13 @@ def main() -> None:
             runner = Runner(entry, settings, Path(folder), rows)
             stack.callback(runner.close)
             runners.append(runner)
-        report(found, measure(runners, settings), settings)
+        rounds: list[list[dict[str, float]]] = []
+        try:
+            measure(runners, settings, rounds)
+        except KeyboardInterrupt:
+            print(f"interrupted: {len(rounds)} whole rounds")
+        if rounds:
+            report(found, rounds, settings)
 
 
 if __name__ == "__main__":
