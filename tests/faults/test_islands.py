@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from jupiter_engine.checkpoints.model_folder import verify
-from jupiter_engine.protocol.specs import RoundSpec
+from jupiter_engine.protocol.specs import LaunchSpec, RoundSpec, Twin
 from jupiter_engine.training.distributed.islands import exchange
 from tests.training.islands.runs import (
     audit,
@@ -40,12 +40,8 @@ STEPS = 600
 ROUNDS = RoundSpec(round_s=1.0, grace_s=3.0, quorum=1, payload="int8", max_steps=12)
 
 
-def prepared(root: Path, **launches: object) -> Run:
-    return make_run(
-        root,
-        recipe(steps=STEPS, checkpoint_every_steps=7),
-        islands(ROUNDS, **(launches or {"solo": one_rank(), "pair": two_ranks("torch")})),  # type: ignore[arg-type]
-    )
+def prepared(root: Path, **launches: LaunchSpec) -> Run:
+    return make_run(root, recipe(steps=STEPS, checkpoint_every_steps=7), islands(ROUNDS, **launches))
 
 
 def victims(run: Run, kind: str) -> list[psutil.Process]:
@@ -73,10 +69,10 @@ def kill_one(run: Run, kind: str, chance: random.Random) -> str:
     return f"{kind} {victim.pid}"
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_anything_may_be_killed_at_any_time(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seed", "twin"), [(1, "torch"), (2, "torch"), (3, "mlx")])
+def test_anything_may_be_killed_at_any_time(seed: int, twin: Twin, tmp_path: Path) -> None:
     chance = random.Random(seed)
-    run = prepared(tmp_path)
+    run = prepared(tmp_path, solo=one_rank(), pair=two_ranks(twin))
     killed: list[str] = []
     with ending(run):
         hub: subprocess.Popen[bytes] = start_hub(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,8 @@ def test_a_file_cut_short_is_refused(cut: int, tmp_path: Path) -> None:
     record = write_payload(path, shapes_of(ARRAYS), "float32", of_arrays(ARRAYS))
     data = path.read_bytes()
     path.write_bytes(data[:-cut])
-    for read in (lambda: Payload(path), lambda: verified(path, record)):
+    readers: list[Callable[[], Payload]] = [lambda: Payload(path), lambda: verified(path, record)]
+    for read in readers:
         with pytest.raises(StateError, match="bytes"):
             read()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
