@@ -21,7 +21,15 @@ class IslandCluster(Cluster):
     """This machine does everything but the training, and trains nothing."""
 
     def __init__(
-        self, rig: Rig, root: Path, *, steps: int, round_s: float = 10.0, max_steps: int = 4, hub: str = "node1"
+        self,
+        rig: Rig,
+        root: Path,
+        *,
+        steps: int,
+        round_s: float = 10.0,
+        max_steps: int = 4,
+        hub: str = "node1",
+        boxes: str = "nodes: [node3], ranks_per_node: 2",
     ) -> None:
         """`max_steps`: of an island in a round; the torch one would else make dozens."""
         self.rig, self.root, self.steps, self.engine = rig, root, steps, None
@@ -33,9 +41,7 @@ class IslandCluster(Cluster):
             f" workdir: {host.disk}/jupiter}}\n"
             for host in rig.hosts
         )
-        groups = "".join(
-            f"  - {{name: {name}, nodes: [{node}], ranks_per_node: 2}}\n" for name, node in ISLANDS.items()
-        )
+        groups = f"  - {{name: macs, nodes: [node2], ranks_per_node: 2}}\n  - {{name: boxes, {boxes}}}\n"
         (root / "config" / "cluster.yaml").write_text(
             "nodes:\n  - {host: localhost, name: here, device_type: cpu, role: hybrid, can_train: false}\n"
             f"{nodes}groups:\n{groups}"

@@ -21,6 +21,8 @@ pytestmark = [
     pytest.mark.skipif(why_no_rig() is not None, reason=why_no_rig() or ""),
 ]
 
+BOXES = "nodes: [node3, node1], launcher: direct"
+
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[IslandCluster]:
@@ -103,15 +105,15 @@ def test_an_islands_machine_merges_when_that_of_the_hub_is_gone(cluster: IslandC
     assert started[1].endswith("works on node2, node3")
 
 
-def test_this_machine_may_merge(tmp_path: Path) -> None:
+def test_this_machine_may_merge_and_an_island_may_have_two_hosts(tmp_path: Path) -> None:
     with Rig(3, disk_bytes=700 << 20) as rig:
-        cluster = IslandCluster(rig, tmp_path / "workspace", steps=12, round_s=6.0, hub="here")
+        cluster = IslandCluster(rig, tmp_path / "workspace", steps=12, round_s=6.0, hub="here", boxes=BOXES)
         try:
-            cluster.jupiter("nodes", "link", "--group", "islands")
+            cluster.jupiter("nodes", "link")
             cluster.start()
             cluster.finish(400.0)
             check_whole(cluster)
             said = cluster.jupiter("nodes", "topology").stdout
-            assert "Islands: macs (node2), boxes (node3). here merges what they have learnt every 6s." in said
+            assert "Islands: macs (node2), boxes (node3, node1). here merges what they have learnt every 6s." in said
         finally:
             cluster.kill_engine()
