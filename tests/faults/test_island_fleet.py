@@ -52,8 +52,8 @@ def check_whole(cluster: IslandCluster) -> None:
     assert result["steps"] == cluster.steps
     assert result["tokens"] == metrics[-1]["tokens"]
     assert (cluster.root / ".jupiter" / "models" / CYCLE / "model.safetensors").exists()
-    for host in cluster.rig.hosts:
-        cluster.wait(lambda host=host: not host.up or not cluster.jupiter_processes(host), f"rest on {host.name}")
+    up = [host for host in cluster.rig.hosts if host.up]
+    cluster.wait(lambda: not any(cluster.jupiter_processes(host) for host in up), "rest on all hosts")
 
 
 def test_islands_of_both_frameworks_outlive_their_worker_and_their_hub(cluster: IslandCluster) -> None:
