@@ -76,14 +76,13 @@ async def calibrate(
             say(f"{member.device.node}: training for {seconds:.0f} s with random weights")
             folder = root / ".jupiter" / "runs" / f"calibrate-{uuid4().hex[:12]}"
             folder.mkdir(parents=True)
-            remote: Remote = LocalRemote()
-            if node is not None and not node.is_local():
-                opened = opened or stages()
-                remote = opened.stage(cluster, Placement(nodes=(node,)), folder)
             try:
-                measured = await _measure(
-                    remote, folder, _order(folder, domain, cluster, question, member, seconds), say
-                )
+                remote: Remote = LocalRemote()
+                if node is not None and not node.is_local():
+                    opened = opened or stages()
+                    remote = opened.stage(cluster, Placement(nodes=(node,)), folder)
+                order = _order(folder, domain, cluster, question, member, seconds)
+                measured = await _measure(remote, folder, order, say)
             except JupiterError as error:
                 problems.append(f"{member.device.node} was not measured: {error.sentence()}")
                 continue
