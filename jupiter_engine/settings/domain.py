@@ -350,6 +350,12 @@ def _check_optimizer(recipe: Recipe, found: Findings) -> None:
     for name in unused[optimizer.name]:
         if found.given(f"training.optimizer.{name}"):
             found.warn(f"training.optimizer.{name}", f"has no effect with `name: {optimizer.name}`")
+    if optimizer.name == "adafactor" and recipe.update == "lora":
+        found.warn(
+            "training.optimizer.name",
+            "is adafactor, whose steps are in proportion to a weight's size: adapters begin at 0 and would hardly "
+            "learn; use adamw, whose state is small for adapters",
+        )
     targets = recipe.lora.targets
     if not targets:
         found.problem(

@@ -315,6 +315,10 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"training__optimizer": {"name": "adafactor", "beta1": 0.8}},
         "`training.optimizer.beta1` has no effect with `name: adafactor`",
     ),
+    "adapters that hardly move": (
+        {"training__update": "lora", "training__optimizer": {"name": "adafactor"}},
+        "adapters begin at 0 and would hardly learn",
+    ),
     "patience unused": (
         {"training__early_stop": {"patience": 3}},
         "`training.early_stop.patience` has no effect with `every_steps: 0`",
