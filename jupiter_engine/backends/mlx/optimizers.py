@@ -44,6 +44,11 @@ _PIECE = 2**20
 Step = Callable[..., Any]
 
 
+def _total(values: mx.array) -> mx.array:
+    """Sum of all values, row by row first: one running float32 sum over 2^24 numbers would stop growing."""
+    return mx.sum(mx.sum(values, axis=-1))
+
+
 def build(spec: OptimizerSpec, shapes: Mapping[str, Shape]) -> Optimizer:
     """An optimizer for the parameters of `shapes`."""
     return Optimizer(spec, shapes)
@@ -54,7 +59,7 @@ def orthogonalised(matrix: mx.array) -> mx.array:
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
-    x = x / mx.maximum(mx.linalg.norm(x), NEWTON_SCHULZ_EPS)
+    x = x / mx.maximum(mx.sqrt(_total(mx.square(x))), NEWTON_SCHULZ_EPS)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
         x = mx.addmm(x, mx.addmm(gram, gram, gram, alpha=c, beta=b), x, alpha=1.0, beta=a)
@@ -178,7 +183,7 @@ class Optimizer:
         """torch.optim.Adafactor."""
         share = self.updates**ADAFACTOR_DECAY
         rate = min(shared.learning_rate, 1.0 / math.sqrt(self.updates))
-        rate_now = mx.maximum(mx.sqrt(mx.mean(mx.square(weight))), ADAFACTOR_LEAST_RMS) * rate
+        rate_now = mx.maximum(mx.sqrt(_total(mx.square(weight)) / weight.size), ADAFACTOR_LEAST_RMS) * rate
         squares = mx.square(gradient)
         if gradient.ndim < 2:
             square = self.moments[f"v.{name}"]
@@ -192,7 +197,7 @@ class Optimizer:
             relative = row / mx.maximum(mx.mean(row, -1, keepdims=True), ADAFACTOR_EPS)
             estimate = relative[..., :, None] * col[..., None, :]
         direction = gradient * mx.rsqrt(mx.maximum(estimate, ADAFACTOR_EPS**2))
-        size = mx.maximum(mx.sqrt(mx.mean(mx.square(direction))), 1.0)
+        size = mx.maximum(mx.sqrt(_total(mx.square(direction)) / direction.size), 1.0)
         return weight * (1.0 - shared.decay) - direction * (rate_now / size)
 
     def _adamw8bit(
