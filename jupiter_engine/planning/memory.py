@@ -7,13 +7,13 @@ MLX's own peak counter over tiny shapes that differ in one width.
 What allocators make of it on CPUs is fitted (`_Allocator`): the resident peaks
 of separate processes (tests/planning/measured.py) on 17 trainings with torch and
 10 with MLX of 400 MB to 1.1 GB, by the linear programme "never under any of
-them, and the largest overshoot smallest". There it says 1 to 18 % too much for
-torch and 1 to 4 % for MLX. Drawn shapes then showed trainings of adapters with
-torch up to 25 % under and one with MLX 8 % under, and the shares were raised
-until all that was ever measured is covered: up to 30 % too much. Torch's shares are large because
-glibc's heap, which the trainer tells to keep what is freed, does not reuse
-aligned blocks well: a layer's short-lived arrays leave holes, most of all with
-recomputed activations and with adapters.
+them, and the largest overshoot smallest". Drawn shapes then showed trainings of
+adapters with torch up to 25 % under and one with MLX 8 % under, and the shares
+were raised: on the fitted trainings it now says 1 to 32 % too much for torch and
+2 to 14 % for MLX. Torch's shares are large, probably because glibc's heap, which
+the trainer tells to keep what is freed, does not reuse aligned blocks well: a
+layer's short-lived arrays leave holes, most of all with recomputed activations
+and with adapters.
 
 CUDA and Metal: the same counts and a margin; nothing was measured there.
 """
