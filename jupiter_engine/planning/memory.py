@@ -287,6 +287,8 @@ def rank_memory(
     lora = recipe.update == "lora"
     weights_part = 1 / ranks if sharding == "fsdp" else 1.0
     state_part = 1 / ranks if sharding in ("zero1", "fsdp") else 1.0
+    # zero1 divides the masters, too, where every rank has a copy in another precision to compute with.
+    masters_part = state_part if e != BYTES_OF_DTYPE["float32"] and not lora else weights_part
     copy = 0 if e == BYTES_OF_DTYPE["float32"] else e * trained
     factors = _ALLOCATORS.get((twin, device), _UNMEASURED)
     step = _step(shape, recipe, rows, twin, device)
@@ -303,7 +305,7 @@ def rank_memory(
     margin += factors.head * step.logits if lora else 0.0
     changing = step.kept + step.again + step.attention + step.logits + transients + margin
     return RankMemory(
-        weights=int((e if lora else 4) * whole * weights_part),
+        weights=int((e if lora else 4) * whole * masters_part),
         compute_copy=0 if lora else int(copy * weights_part),
         gradients=0 if lora else int(4 * trained * weights_part),
         optimizer=int(optimizer_state_bytes(recipe.optimizer, shapes) * state_part),

@@ -78,7 +78,11 @@ def test_ranks_share_batch_and_by_wish_state() -> None:
     assert four.activations == pytest.approx(one.activations / 2, rel=0.01)  # 2 of its 4 sequences are left for a rank
     assert (four.weights, four.optimizer) == (one.weights, one.optimizer)
     assert zero1.optimizer == one.optimizer // 4
-    assert zero1.weights == one.weights
+    # The masters are divided where a copy in the compute precision lies beside them on every rank, else not.
+    assert (zero1.weights, zero1.compute_copy) == (one.weights // 4, one.compute_copy)
+    plain = replace(RECIPE, compute_dtype="float32")
+    whole = rank_memory(SHAPE, plain, twin="torch").weights
+    assert rank_memory(SHAPE, plain, twin="torch", ranks=4, sharding="zero1").weights == whole
     assert fsdp.weights == one.weights // 4
     assert fsdp.gradients == one.gradients // 4
 
