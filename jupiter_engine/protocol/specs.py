@@ -285,7 +285,8 @@ class RoundSpec(Spec, frozen=True, kw_only=True):
     quorum: Count = 1
     """So many contributions must be there before a round is merged."""
     grace_s: NotNegative = 60.0
-    """How long the hub waits for the others once the quorum is there (and the round's time is over)."""
+    """So long after `round_s` the hub no longer waits for islands that have not contributed, if the quorum is there. It
+    merges earlier as soon as every island that is alive and has data lent has contributed."""
     payload: Literal["float32", "bfloat16", "int8"] = "bfloat16"
     """How contributions travel, and bases; int8 in blocks of 256 with a scale each (bases then go as bfloat16)."""
     outer_learning_rate: Positive | None = None
@@ -294,8 +295,9 @@ class RoundSpec(Spec, frozen=True, kw_only=True):
     """Of the outer Nesterov step."""
     max_unsynced_rounds: Count = 2
     """Rounds that an island goes on by itself when it hears nothing of the hub; then it waits."""
-    clip_norm_factor: Positive = 3.0
-    """A contribution whose norm exceeds the median's by this factor is refused; above the median it is scaled to it."""
+    clip_norm_factor: Annotated[float, Meta(ge=1.0)] = 3.0
+    """A contribution whose norm, divided by steps**0.75, exceeds the median of all islands (of two: the lower) more than
+    so many times is refused and its data goes back; one above the median is scaled down to it."""
 
 
 class LaunchSpec(Spec, frozen=True, kw_only=True):

@@ -379,6 +379,17 @@ def test_one_far_above_the_median_is_left_out_and_its_data_comes_back(
     assert any("exceeds" in note for note in running.listener.notes)
 
 
+def test_an_island_that_makes_more_steps_is_no_runaway(start: Callable[..., Running], tmp_path: Path) -> None:
+    start("a", "b", "c", quorum=3)
+    made = [Made(tmp_path, name) for name in "abc"]
+    plans = [island.plan() for island in made]
+    # Its change is four times that of the others.
+    for island, plan, used in zip(made, plans, (1, 1, 4), strict=True):
+        island.contribute(plan, used)
+    made[0].plan(2)
+    assert [verdict(tmp_path, 1, name, 1) for name in "abc"] == ["merged"] * 3
+
+
 def test_a_halted_hub_goes_on_with_the_open_round(start: Callable[..., Running], tmp_path: Path) -> None:
     first = start("a", owner="one")
     island = Made(tmp_path, "a")

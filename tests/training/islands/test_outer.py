@@ -112,12 +112,24 @@ def test_norm_is_that_of_all_tensors_together(tmp_path: Path) -> None:
 
 
 def test_contributions_above_the_median_are_scaled_to_it_and_far_above_refused() -> None:
-    found = outer.clip({"a": 1.0, "b": 2.0, "c": 4.0, "d": 7.0, "e": math.nan}, 3.0)
-    assert found.median == 3.0
-    assert found.scales == {"a": 1.0, "b": 1.0, "c": 0.75, "d": 3.0 / 7.0}
+    found = outer.clip({"a": 1.0, "b": 2.0, "c": 4.0, "d": 5.0, "e": math.nan}, 3.0)
+    assert found.median == 2.0
+    assert found.scales == {"a": 1.0, "b": 1.0, "c": 0.5, "d": 0.4}
     assert list(found.refused) == ["e"]
     assert list(outer.clip({"a": 1.0, "b": 2.0, "c": 4.0, "d": 9.5}, 3.0).refused) == ["d"]
+    # Of two islands the calmer one is the measure, whatever the other did.
+    two = outer.clip({"a": 1.0, "b": 1000.0}, 3.0)
+    assert (two.scales, list(two.refused)) == ({"a": 1.0}, ["b"])
     assert outer.clip({"a": 0.0, "b": 0.0}, 3.0).scales == {"a": 1.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_a_fast_island_is_no_runaway(power: float) -> None:
+    """Two slow islands and one that makes 20 times their steps, however far steps lead."""
+    steps = {"mac-1": 10, "mac-2": 11, "card": 200}
+    found = outer.clip({island: outer.drift(0.1 * made**power, made) for island, made in steps.items()}, 3.0)
+    assert not found.refused
+    assert min(found.scales.values()) > 0.4
 
 
 def test_rates_are_the_tuned_ones_and_straight_between() -> None:

@@ -425,8 +425,8 @@ class Hub:
     # -- the merge -------------------------------------------------------------------------------
     def _merge(self, state: _Gathering, offers: Sequence[Offer]) -> None:
         began, current, spec = time.monotonic(), state.round, self._run.spec
-        norms = {offer.island: self._norm(state, offer) for offer in offers}
-        clipping = outer.clip(norms, spec.clip_norm_factor)
+        drifts = {offer.island: outer.drift(self._norm(state, offer), offer.used) for offer in offers}
+        clipping = outer.clip(drifts, spec.clip_norm_factor)
         merged = [offer for offer in offers if offer.island in clipping.scales]
         payloads = {offer.island: Payload(self._file(offer)) for offer in merged}
         folder = self._fresh(current.number + 1)

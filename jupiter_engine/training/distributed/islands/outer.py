@@ -4,8 +4,9 @@
     momentum = mu * momentum + delta
     theta    = theta - rate * (delta + mu * momentum)              Nesterov, as torch.optim.SGD(nesterov=True)
 
-c_i scales a contribution whose norm is above the median down to it; one whose norm exceeds the median `factor` times,
-or is not finite, is refused whole (Covenant/SparseLoCo clip to the median). Rates by number of islands are those of
+c_i scales a contribution whose drift (`drift`: its norm, made comparable between islands of unlike speed) is above the
+median down to it; one that exceeds the median `factor` times, or is not finite, is refused whole (Covenant/SparseLoCo
+clip to the median). Rates by number of islands are those of
 "Communication-Efficient Language Model Training Scales Reliably and Robustly: Scaling Laws for DiLoCo", figures 7-8.
 
 theta and momentum are float32 files; everything runs chunk by chunk (payload.CHUNK values), so a hub needs some
@@ -57,6 +58,16 @@ def norm(payload: Payload) -> float:
     return math.sqrt(total) if math.isfinite(total) else total
 
 
+def drift(size: float, steps: int) -> float:
+    """A contribution's norm as of one step, so that an island is not taken for a runaway because it made more steps.
+
+    After k steps weights are between sqrt(k) (steps in unrelated directions) and k (all in one direction) times as far
+    from their base as after one. k**0.75 lies between: whichever holds, islands of which one makes 20 times the steps
+    of another differ by at most 20**0.25 = 2.1 after it.
+    """
+    return float(size / steps**0.75)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clipping:
     median: float
@@ -66,15 +77,19 @@ class Clipping:
     """Island -> why."""
 
 
-def clip(norms: Mapping[str, float], factor: float) -> Clipping:
-    """Who takes part, and with what factor. The median is that of the finite norms (of two: their mean)."""
-    refused = {island: f"its norm is {value}" for island, value in norms.items() if not math.isfinite(value)}
-    finite = {island: value for island, value in norms.items() if island not in refused}
-    median = statistics.median(finite.values()) if finite else 0.0
+def clip(drifts: Mapping[str, float], factor: float) -> Clipping:
+    """Who takes part, and with what factor (at least 1).
+
+    The median is that of the finite drifts; of an even number the lower of the two in the middle: between two islands
+    the calmer one is the measure, a mean of both could never be exceeded twofold.
+    """
+    refused = {island: f"its norm is {value}" for island, value in drifts.items() if not math.isfinite(value)}
+    finite = {island: value for island, value in drifts.items() if island not in refused}
+    median = statistics.median_low(finite.values()) if finite else 0.0
     scales: dict[str, float] = {}
     for island, value in finite.items():
         if value > factor * median:
-            refused[island] = f"its norm {value:.4g} exceeds {factor:g} times the median {median:.4g}"
+            refused[island] = f"its change for its steps, {value:.4g}, exceeds {factor:g} times the median {median:.4g}"
         else:
             scales[island] = median / value if value > median else 1.0
     return Clipping(median=median, scales=scales, refused=refused)
