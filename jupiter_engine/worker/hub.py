@@ -117,7 +117,10 @@ def run(context: RunContext, order: TrainOrder) -> None:
             raise
         except BaseException:
             # Whatever went wrong here: no island trains on for nobody.
-            hub.say_end("halted")
+            try:
+                hub.say_end("halted")
+            except Deposed:
+                replaced = True
             raise
         finally:
             for keeper in keepers:

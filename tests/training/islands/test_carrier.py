@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from jupiter_engine.errors import StateError
 from jupiter_engine.files import write_json
 from jupiter_engine.training.distributed.islands import carrier as module
 from jupiter_engine.training.distributed.islands import exchange
-from jupiter_engine.training.distributed.islands.carrier import Ssh
-from jupiter_engine.training.distributed.islands.ledger import Offer
+from jupiter_engine.training.distributed.islands.carrier import Local, Ssh
+from jupiter_engine.training.distributed.islands.ledger import Deposed, Offer
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -105,12 +106,67 @@ def test_old_rounds_go_and_the_end_is_said_and_taken_back(line: Ssh, tmp_path: P
         publish(hub, number)
         line.turn()
     assert exchange.rounds(there) == [2, 3]
-    write_json(hub / exchange.END, exchange.End(reason="halted"))
+    end = exchange.End(reason="halted", fence=1)
+    write_json(hub / exchange.END, end)
     line.turn()
-    assert exchange.read(there / exchange.END, exchange.End) == exchange.End(reason="halted")
+    assert exchange.read(there / exchange.END, exchange.End) == end
     (hub / exchange.END).unlink()
     line.turn()
     assert not (there / exchange.END).exists()
+
+
+def led(folder: Path, there: Path, fence: int) -> Ssh:
+    """The line of a hub that has begun; the test takes its turns."""
+    exchange.make_folders(folder)
+    line = Ssh(folder, "far", alias="", there=str(there), ssh_config="")
+    line._fence = fence
+    return line
+
+
+def test_a_hub_that_was_replaced_writes_nothing_to_the_island_any_more(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    old, new = led(tmp_path / "old", there, 3), led(tmp_path / "new", there, 7)
+    publish(tmp_path / "old", 2, fence=3)
+    old.turn()
+    taken = publish(tmp_path / "new", 2, fence=7)
+    new.turn()
+    assert (new.problem, new.deposed, (there / exchange.FENCE).read_text()) == ("", None, "7\n")
+    # It wakes in the midst of a turn: no small file is written even so.
+    old._sent.clear()
+    publish(tmp_path / "old", 2, fence=4)
+    with pytest.raises(Deposed, match="fence 7 leads island far"):
+        old._down()
+    write_json(tmp_path / "old" / exchange.END, exchange.End(reason="halted", fence=3))
+    old.turn()
+    assert old.deposed is not None
+    assert not (there / exchange.END).exists()
+    assert exchange.newest_plan(there) == taken
+    new.turn()
+    assert (new.problem, new.deposed) == ("", None)
+
+
+def test_the_fence_beside_a_local_exchange_counts_as_well(tmp_path: Path) -> None:
+    old, new = Local(tmp_path, "near"), Local(tmp_path, "near")
+    old.begin(3)
+    new.begin(7)
+    assert (old.deposed, new.deposed) == (None, None)
+    old.ask()
+    assert old.deposed is not None
+    new.ask()
+    assert new.deposed is None
+
+
+def test_a_line_that_has_not_begun_is_closed(line: Ssh) -> None:
+    line.close()
+
+
+def test_a_machine_whose_shell_talks_is_a_problem_and_no_crash(
+    line: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "hub", 1)
+    monkeypatch.setattr(line, "_shell", lambda *_, **__: b"Welcome!\n0\n")
+    line.turn()
+    assert "invalid literal" in line.problem
 
 
 def test_a_copy_that_was_cut_goes_on_where_it_stopped(line: Ssh, tmp_path: Path) -> None:
@@ -160,6 +216,29 @@ def test_a_contribution_cut_on_the_island_itself_is_never_there_for_the_hub(line
     assert (line.problem, list(exchange.attempts(hub, 1))) == ("", [("far", 1)])
 
 
+def test_what_is_fetched_is_on_the_disk_before_it_gets_its_name(
+    line: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, there = tmp_path / "hub", tmp_path / "there"
+    publish(hub, 1)
+    put_up(there, 1)
+    synced: list[tuple[int, bool]] = []
+    named = exchange.contribution_path(hub, 1, "far", 1)
+
+    def sync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, named.exists()))
+        real(descriptor)
+
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", sync)
+    line.turn()
+    assert line.problem == ""
+    assert (named.stat().st_ino, False) in synced
+    assert (named.parent.stat().st_ino, True) in synced
+    message = exchange.ok_path(hub, 1, "far", 1)
+    assert (message.stat().st_ino, True) in synced
+
+
 def test_a_machine_that_cannot_be_called_is_a_problem_and_no_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +248,7 @@ def test_a_machine_that_cannot_be_called_is_a_problem_and_no_crash(
     config = tmp_path / "config"
     config.write_text("Host far\n  HostName 127.0.0.1\n  Port 1\n")
     line = Ssh(tmp_path / "hub", "far", alias="far", there=str(tmp_path / "there"), ssh_config=str(config))
-    line.begin()
+    line.begin(1)
     for _ in range(200):
         if line.problem:
             break

@@ -343,6 +343,21 @@ def test_a_hub_that_slept_through_a_takeover_changes_nothing_any_more(
     audit(tmp_path)
 
 
+def test_a_hub_that_wakes_to_a_halt_after_a_takeover_elsewhere_says_no_end(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    old = start("a", owner="old")
+    island = Made(tmp_path, "a")
+    plan = island.plan()
+    old.asleep.set()
+    time.sleep(0.3)
+    # The other hub has a ledger of its own: only the island's machine tells.
+    (island.exchange / exchange.FENCE).write_text(f"{plan.fence + 1}\n")
+    old.stop()
+    assert isinstance(old.error, Deposed)
+    assert not (island.exchange / exchange.END).exists()
+
+
 def test_two_hubs_do_not_lead_at_once(start: Callable[..., Running], tmp_path: Path) -> None:
     first = start("a", owner="one")
     Made(tmp_path, "a").plan()
@@ -390,13 +405,48 @@ def test_an_island_that_makes_more_steps_is_no_runaway(start: Callable[..., Runn
     assert [verdict(tmp_path, 1, name, 1) for name in "abc"] == ["merged"] * 3
 
 
+@pytest.mark.parametrize("how", ["damaged", "file gone", "message gone"])
+def test_what_a_hub_had_taken_in_and_its_disk_lost_is_offered_again(
+    how: str, start: Callable[..., Running], tmp_path: Path
+) -> None:
+    first = start("a", "b", quorum=2, owner="one")
+    a, b = Made(tmp_path, "a"), Made(tmp_path, "b")
+    plan, _ = a.plan(), b.plan()
+    a.contribute(plan, 2)
+    wait_for(lambda: verdict(tmp_path, 1, "a", 1) == "held")
+    first.listener.halt = True
+    assert not first.finished()
+    file = exchange.contribution_path(a.exchange, 1, "a", 1)
+    if how == "damaged":
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif how == "file gone":
+        file.unlink()
+    else:
+        file.with_suffix(".ok.json").unlink()
+    second = start("a", "b", quorum=2, owner="one")
+    wait_for(lambda: (found := exchange.newest_plan(a.exchange)) and found.refused.get("a") == 1)
+    assert verdict(tmp_path, 1, "a", 1) == "refused"
+    # A hub that starts later still says so.
+    second.listener.halt = True
+    assert not second.finished()
+    start("a", "b", quorum=2, owner="one")
+    wait_for(lambda: a.plan().fence == 3)
+    assert a.plan().refused == {"a": 1}
+    a.contribute(a.plan(), 2, 2)
+    b.contribute(b.plan(), 2)
+    a.plan(2)
+    assert [verdict(tmp_path, 1, "a", 1), verdict(tmp_path, 1, "a", 2)] == ["refused", "merged"]
+
+
 def test_a_halted_hub_goes_on_with_the_open_round(start: Callable[..., Running], tmp_path: Path) -> None:
     first = start("a", owner="one")
     island = Made(tmp_path, "a")
     plan = island.plan()
     first.listener.halt = True
     assert not first.finished()
-    assert exchange.read(island.exchange / exchange.END, exchange.End) == exchange.End(reason="halted")
+    end = exchange.read(island.exchange / exchange.END, exchange.End)
+    assert end == exchange.End(reason="halted", fence=plan.fence)
     second = start("a", owner="one")
     again = island.plan()
     assert (again.round, again.leases["a"].blocks) == (1, plan.leases["a"].blocks)

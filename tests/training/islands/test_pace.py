@@ -194,9 +194,12 @@ def test_a_plan_of_a_lower_fence_than_was_seen_is_not_followed(table: Table) -> 
 def test_the_end_and_a_halt_are_heard(table: Table) -> None:
     publish(table.folder, 1)
     table.next()
-    write_json(table.folder / exchange.END, exchange.End(reason="done"))
+    # That of a hub which was replaced is not.
+    write_json(table.folder / exchange.END, exchange.End(reason="halted", fence=0))
+    assert table.next() is Act.STEP
+    write_json(table.folder / exchange.END, exchange.End(reason="done", fence=1))
     assert table.next() is Act.END
-    write_json(table.folder / exchange.END, exchange.End(reason="halted"))
+    write_json(table.folder / exchange.END, exchange.End(reason="halted", fence=1))
     assert table.next() is Act.HALT
     (table.folder / exchange.END).unlink()
     table.reporter.halt = True

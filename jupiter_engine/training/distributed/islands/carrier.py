@@ -3,19 +3,25 @@
 `Local`: both are the same folder. `Ssh`: the hub pulls and pushes with the machine's own ssh, one file at a time,
 under a .part name that is verified by its SHA-256 before it gets its real one; a copy that was cut is taken up where
 it stopped. It works in a thread of its own: a slow line to one island holds up nobody else.
+
+Beside what is exchanged lies `fence`, the highest fence of a hub that was ever there. Whoever has a lower one was
+replaced, perhaps on another machine and without hearing of it: it writes nothing there any more (Deposed).
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from jupiter_engine.errors import StateError
-from jupiter_engine.files import sha256_file
+from jupiter_engine.files import sha256_file, sync_file, sync_folder, write_atomic
 from jupiter_engine.training.distributed.islands import exchange
+from jupiter_engine.training.distributed.islands.ledger import Deposed
 from jupiter_engine.units import plain_text
 
 _POLL_S = 2.0
@@ -33,8 +39,16 @@ class Carrier(Protocol):
     """Carried to the island so far, by this process."""
     up_bytes: int
     """Carried from it."""
+    deposed: Deposed | None
+    """Another hub was found to lead this island."""
 
-    def begin(self) -> None: ...
+    def begin(self, fence: int) -> None:
+        """`fence`: of this hub."""
+        ...
+
+    def ask(self) -> None:
+        """Find out now whether another hub leads this island. The one call that waits for the machine's answer."""
+        ...
 
     def close(self) -> None: ...
 
@@ -46,8 +60,21 @@ class Local:
         self.island, self._folder = island, folder
         self.problem = ""
         self.down_bytes = self.up_bytes = 0
+        self.deposed: Deposed | None = None
+        self._fence = 0
 
-    def begin(self) -> None: ...
+    def begin(self, fence: int) -> None:
+        self._fence = fence
+        self.ask()
+
+    def ask(self) -> None:
+        path = self._folder / exchange.FENCE
+        said = path.read_text("utf-8", "replace").strip() if path.exists() else ""
+        seen = int(said) if _NUMBER.fullmatch(said) else 0
+        if seen > self._fence:
+            self.deposed = _deposed(self.island, said)
+        elif seen < self._fence:
+            _replace(path, f"{self._fence}\n".encode())
 
     def close(self) -> None: ...
 
@@ -73,12 +100,23 @@ if [ "${found%% *}" = "$3" ]; then [ "$1" = "$2" ] || mv -f "$1" "$2"; else rm -
 # $1: exchange folder there, $2: number of the round; names of the contributions that are there in full.
 _LIST = 'cd "$1/rounds/$2/up" 2>/dev/null && ls || true'
 _READ = 'if [ -f "$1" ]; then cat "$1"; fi'
-_WRITE = 'mkdir -p "${1%/*}" && cat >"$1.$$" && mv -f "$1.$$" "$1"'
-# $1: exchange folder there, $2: rounds below this number go.
+# $1: exchange folder there, $2: this hub's fence. Status 4: one with a higher fence was there; says which.
+_LEAD = """
+mkdir -p "$1"
+seen=$(cat "$1/fence" 2>/dev/null)
+case "$seen" in ''|*[!0-9]*) seen=0;; esac
+if [ "$seen" -gt "$2" ]; then echo "$seen"; exit 4; fi
+if [ "$seen" -lt "$2" ]; then echo "$2" >"$1/fence.$$" && mv -f "$1/fence.$$" "$1/fence" || exit 1; fi
+"""
+# $1 and $2 as in _LEAD, $3: file.
+_WRITE = f'{_LEAD}mkdir -p "${{3%/*}}" && cat >"$3.$$" && mv -f "$3.$$" "$3"'
+# $1: exchange folder there, $2 and $3: the folders of all other rounds go (higher ones are of a hub before this one).
 _FORGET = """
 cd "$1/rounds" 2>/dev/null || exit 0
-for round in [0-9]*; do if [ "$round" \\< "$2" ]; then rm -rf "$round"; fi; done
+for round in [0-9]*; do if [ "$round" != "$2" ] && [ "$round" != "$3" ]; then rm -rf "$round"; fi; done
 """
+_OTHER_LEADS = 4
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class Ssh:
@@ -91,18 +129,22 @@ class Ssh:
         self._alias, self._config = alias, ssh_config
         self.problem = ""
         self.down_bytes = self.up_bytes = 0
+        self.deposed: Deposed | None = None
+        self._fence = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"carrier of {island}", daemon=True)
         self._sent: dict[str, bytes] = {}
         """Small files as they were last written there."""
 
-    def begin(self) -> None:
+    def begin(self, fence: int) -> None:
+        self._fence = fence
         self._thread.start()
 
     def close(self) -> None:
         """Say the end to the island if there is one to say, and stop."""
         self._stop.set()
-        self._thread.join(timeout=10.0)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=10.0)
 
     def _work(self) -> None:
         while not self._stop.wait(_POLL_S):
@@ -110,14 +152,27 @@ class Ssh:
         self.turn()
 
     def turn(self) -> None:
-        """Everything that there is to carry now."""
+        """Everything that there is to carry now; nothing once another hub leads."""
+        self._try(self._ask, self._down, self._up)
+
+    def ask(self) -> None:
+        self._try(self._ask)
+
+    def _try(self, *parts: Callable[[], None]) -> None:
         try:
-            self._down()
-            self._up()
-        except (OSError, StateError, subprocess.TimeoutExpired) as error:
+            for part in parts:
+                if self.deposed is None:
+                    part()
+        except Deposed as error:
+            self.deposed = error
+        except (OSError, StateError, subprocess.TimeoutExpired, ValueError) as error:
+            # ValueError: a machine whose shell says more than it was asked for.
             self.problem = error.detail if isinstance(error, StateError) else str(error)
         else:
             self.problem = ""
+
+    def _ask(self) -> None:
+        self._shell(_LEAD, self._there, str(self._fence))
 
     # -- to the island ---------------------------------------------------------------------------
     def _down(self) -> None:
@@ -134,7 +189,7 @@ class Ssh:
         if plan.base.sha256.encode() != self._sent.get(marker):
             self.push(self._folder / marker, marker, plan.base.sha256)
             self._sent[marker] = plan.base.sha256.encode()
-            self._shell(_FORGET, self._there, f"{plan.round - 1:08d}")
+            self._shell(_FORGET, self._there, f"{plan.round - 1:08d}", f"{plan.round:08d}")
         # Only now: a plan is followed as soon as it is there.
         self._small(self._folder / name / exchange.PLAN, f"{name}/{exchange.PLAN}")
 
@@ -146,7 +201,7 @@ class Ssh:
     def _small(self, path: Path, name: str) -> None:
         data = path.read_bytes()
         if self._sent.get(name) != data:
-            self._shell(_WRITE, f"{self._there}/{name}", data=data)
+            self._shell(_WRITE, self._there, str(self._fence), f"{self._there}/{name}", data=data)
             self._sent[name] = data
             self.down_bytes += len(data)
 
@@ -211,7 +266,7 @@ class Ssh:
             raise StateError(f"{ok_name} of {self.island} cannot be read")
         name = ok_name.removesuffix(".ok.json") + ".safetensors"
         self.pull(f"{there}/{name}", folder / name, up.offer.file.sha256, up.offer.file.bytes)
-        _replace(folder / ok_name, said)
+        write_atomic(folder / ok_name, said)
         self.up_bytes += len(said)
 
     def pull(self, there: str, path: Path, sha256: str, size: int) -> None:
@@ -236,7 +291,11 @@ class Ssh:
         if part.stat().st_size != size or sha256_file(part) != sha256:
             part.unlink()
             raise StateError(f"{path.name} arrived damaged; it is fetched again")
+        # The hub enters it as held, so it must outlive a power cut.
+        with part.open("rb") as file:
+            sync_file(file.fileno())
         part.rename(path)
+        sync_folder(path.parent)
 
     # -- commands --------------------------------------------------------------------------------
     def _argv(self, script: str, *arguments: str) -> list[str]:
@@ -251,9 +310,15 @@ class Ssh:
         done = subprocess.run(
             self._argv(script, *arguments), input=data, capture_output=True, timeout=_CALL_S, check=False
         )
+        if done.returncode == _OTHER_LEADS:
+            raise _deposed(self.island, plain_text(done.stdout.decode("utf-8", "replace")).strip()[-20:])
         if done.returncode != 0:
             raise StateError(f"the machine of island {self.island}: {_last(done.stderr)}")
         return done.stdout
+
+
+def _deposed(island: str, fence: str) -> Deposed:
+    return Deposed(f"a hub with fence {fence} leads island {island}", fix="let the other one go on")
 
 
 def _last(errors: bytes) -> str:
@@ -262,6 +327,7 @@ def _last(errors: bytes) -> str:
 
 
 def _replace(path: Path, data: bytes) -> None:
+    """Whole or not at all; not synced, for what is told anew every few seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(data)

@@ -6,6 +6,7 @@ rounds/00000001/up/<island>.<attempt>.safetensors  base - theta; written as .par
 rounds/00000001/up/<island>.<attempt>.ok.json      written after it: what it is; without it there is no contribution
 here/<island>.json                                a sign of life, replaced every few seconds
 end.json                                          the hub has ended: islands come to rest
+fence                                             the highest fence of a hub that was here (carrier.py)
 
 On islands of other machines the same tree lies there, with what concerns them; a carrier copies between the two.
 """
@@ -23,7 +24,7 @@ from jupiter_engine.checkpoints.tensors import FileRecord
 from jupiter_engine.files import sync_folder, write_json
 from jupiter_engine.training.distributed.islands.ledger import Offer, Ranges
 
-BASE, PLAN, END = "base.safetensors", "plan.json", "end.json"
+BASE, PLAN, END, FENCE = "base.safetensors", "plan.json", "end.json", "fence"
 _ROUND = re.compile(r"\d{8}")
 _OK = re.compile(r"([a-z0-9][a-z0-9_-]{0,62})\.(\d{1,6})\.ok\.json")
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -87,6 +88,8 @@ class Here(msgspec.Struct, frozen=True, kw_only=True):
 
 class End(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
+    fence: int
+    """Of the hub that has ended; one with a lower fence than a plan's was replaced, and its end is not heard."""
 
 
 def round_folder(exchange: Path, number: int) -> Path:

@@ -18,6 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -160,7 +161,7 @@ class Hub:
         self._begin()
         (self.exchange / exchange.END).unlink(missing_ok=True)
         for carrier in self._carriers.values():
-            carrier.begin()
+            carrier.begin(self.fence)
         while True:
             current = self.ledger.current()
             assert current is not None
@@ -221,21 +222,39 @@ class Hub:
         exchange.forget_before(self.exchange, current.number - 1)
 
     def say_end(self, reason: str) -> None:
-        """Let the islands come to their end (`done`) or to rest (`halted`)."""
-        write_json(self.exchange / exchange.END, exchange.End(reason=reason))
+        """Let the islands come to their end (`done`) or to rest (`halted`). Deposed if they are another hub's: a hub
+        that was asleep may wake to a halt, and must hear of that first."""
+        self.ledger.must_lead(self.fence)
+        # At once: a machine that does not answer costs its time out.
+        with ThreadPoolExecutor(len(self._carriers)) as pool:
+            list(pool.map(lambda carrier: carrier.ask(), self._carriers.values()))
+        self._check_lead()
+        write_json(self.exchange / exchange.END, exchange.End(reason=reason, fence=self.fence))
+
+    def _check_lead(self) -> None:
+        """Deposed if another hub leads, by the ledger or by what lies on an island's machine."""
+        self._lead.check()
+        for carrier in self._carriers.values():
+            if isinstance(carrier, Local):
+                carrier.ask()
+            if carrier.deposed is not None:
+                raise carrier.deposed
 
     # -- a round ---------------------------------------------------------------------------------
     def _gather(self, current: Round) -> bool:
         """Publish, take contributions in and merge; False if a halt was asked for first."""
         state = _Gathering(round=current, began=time.monotonic())
+        for (number, island, attempt), (verdict, _) in self.ledger.verdicts().items():
+            if number == current.number and verdict in ("refused", "stale"):
+                state.refused[island] = max(attempt, state.refused.get(island, 0))
         self._publish_base(current)
         while not self._listener.halt_asked():
-            self._lead.check()
+            self._check_lead()
             self._tend()
             self._look(state)
             self._lend(state)
             self._take_in(state)
-            offers = self.ledger.held(current.number)
+            offers = self._whole(state)
             if offers and self._ready(state, offers):
                 self._merge(state, offers)
                 return True
@@ -383,13 +402,35 @@ class Hub:
             if isinstance(carrier, Local):
                 carrier.gave(up.offer.file.bytes)
         elif verdict in ("stale", "refused"):
-            state.refused[island] = max(attempt, state.refused.get(island, 0))
-            reason = self.ledger.verdicts()[named][1]
-            self._listener.note(
-                f"The contribution of {island} to round {state.round.number} was not taken ({reason}); "
-                "its data goes back to the queue",
-                "warning",
-            )
+            self._refused(state, key, self.ledger.verdicts()[named][1])
+
+    def _refused(self, state: _Gathering, key: tuple[str, int], reason: str) -> None:
+        """Let the island know, which then offers again, and whoever watches."""
+        island, attempt = key
+        state.refused[island] = max(attempt, state.refused.get(island, 0))
+        self._listener.note(
+            f"The contribution of {island} to round {state.round.number} was not taken ({reason}); "
+            "its data goes back to the queue",
+            "warning",
+        )
+
+    def _whole(self, state: _Gathering) -> list[Offer]:
+        """The contributions that the ledger holds and that can be merged.
+
+        Files of one that an earlier hub took in may be gone or damaged by now: a disk lost them, or this hub goes on
+        from another machine's copy of the ledger. Such a contribution is refused.
+        """
+        found: list[Offer] = []
+        for offer in self.ledger.held(state.round.number):
+            try:
+                self._norm(state, offer)
+                self._up(state, offer)
+            except StateError as error:
+                self.ledger.refuse(self.fence, offer, error.detail)
+                self._refused(state, (offer.island, offer.attempt), error.detail)
+            else:
+                found.append(offer)
+        return found
 
     def _enter_late(self, path: Path) -> None:
         up = exchange.read(path, exchange.Up)

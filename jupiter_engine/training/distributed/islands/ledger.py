@@ -151,6 +151,9 @@ class Ledger:
         self._db = sqlite3.connect(path, isolation_level=None, timeout=30.0)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
+        # On macOS fsync leaves the bytes in the drive's cache; elsewhere these two change nothing.
+        self._db.execute("PRAGMA fullfsync = ON")
+        self._db.execute("PRAGMA checkpoint_fullfsync = ON")
         self._db.execute("PRAGMA foreign_keys = ON")
         self._db.executescript(_SCHEMA)
 
@@ -163,7 +166,7 @@ class Ledger:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             if fence is not None:
-                self._must_lead(fence)
+                self.must_lead(fence)
             yield self._db
             self._before_commit()
             self._db.execute("COMMIT")
@@ -171,7 +174,8 @@ class Ledger:
             self._db.execute("ROLLBACK")
             raise
 
-    def _must_lead(self, fence: int) -> None:
+    def must_lead(self, fence: int) -> None:
+        """Deposed if `fence` is not that of the lead."""
         row = self._db.execute("SELECT owner, fence FROM lead").fetchone()
         owner, leading = row if row is not None else ("nobody", 0)
         if leading != fence:
@@ -330,6 +334,17 @@ class Ledger:
                 ),
             )
         return verdict
+
+    def refuse(self, fence: int, offer: Offer, problem: str) -> None:
+        """Take back that a contribution is held: its files are gone or damaged since. StateError if it is not held."""
+        with self._writing(fence) as db:
+            changed = db.execute(
+                "UPDATE contributions SET verdict = 'refused', reason = ? "
+                "WHERE round = ? AND island = ? AND attempt = ? AND verdict = 'held'",
+                (problem, offer.round, offer.island, offer.attempt),
+            ).rowcount
+            if changed != 1:
+                raise StateError(f"attempt {offer.attempt} of {offer.island} in round {offer.round} waits for no merge")
 
     def _judge(self, offer: Offer) -> tuple[Verdict, str]:
         current = self.current()

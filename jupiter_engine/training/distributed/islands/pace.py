@@ -139,10 +139,10 @@ class Pace:
     def _decide(self, sitting: Sitting | None) -> Act:
         if self._reporter.halt_asked():
             return Act.HALT
-        end = exchange.read(self.folder / exchange.END, exchange.End)
-        if end is not None:
-            return Act.END if end.reason == "done" else Act.HALT
         plan = exchange.newest_plan(self.folder)
+        end = exchange.read(self.folder / exchange.END, exchange.End)
+        if end is not None and end.fence >= max(self._fence, plan.fence if plan is not None else 0):
+            return Act.END if end.reason == "done" else Act.HALT
         if plan is not None and plan.fence >= self._fence:
             self._fence = plan.fence
             mine = plan.leases.get(self.name)
