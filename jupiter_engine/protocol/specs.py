@@ -296,8 +296,8 @@ class RoundSpec(Spec, frozen=True, kw_only=True):
     max_unsynced_rounds: Count = 2
     """Rounds that an island goes on by itself when it hears nothing of the hub; then it waits."""
     clip_norm_factor: Annotated[float, Meta(ge=1.0)] = 3.0
-    """A contribution whose norm, divided by steps**0.75, exceeds the median of all islands (of two: the lower) more than
-    so many times is refused and its data goes back; one above the median is scaled down to it."""
+    """A contribution whose norm, divided by steps**0.75, exceeds the median of all islands (of two: the lower) more
+    than so many times is refused and its data goes back; one above the median is scaled down to it."""
 
 
 class LaunchSpec(Spec, frozen=True, kw_only=True):

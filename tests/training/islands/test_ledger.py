@@ -227,13 +227,34 @@ def test_another_run_is_refused(ledger: Ledger) -> None:
 
 
 def test_a_dead_leader_is_replaced_at_once_a_living_one_is_not(ledger: Ledger) -> None:
-    assert ledger.take_lead("one", 1000.0) == 1
+    one = ledger.take_lead("one", 1000.0)
     with pytest.raises(LeadTaken) as taken:
         ledger.take_lead("two", 1000.0, lambda _: False)
     assert 990 < taken.value.left_s <= 1000
-    assert ledger.take_lead("two", 1000.0, lambda owner: owner == "one") == 2
+    assert ledger.take_lead("two", 1000.0, lambda owner: owner == "one") > one
     with pytest.raises(Deposed):
-        ledger.renew(1, 10.0)
+        ledger.renew(one, 10.0)
+
+
+def test_a_ledger_that_is_begun_anew_repeats_no_fence_and_no_lease(tmp_path: Path) -> None:
+    clock = Clock()
+    clock.now = 1.7e9
+    given: list[Lease] = []
+    for name in ("lost", "new"):
+        ledger = Ledger(tmp_path / name, clock=clock)
+        ledger.create("run", TOKENS)
+        fence = ledger.take_lead(name, 30.0)
+        ledger.begin(fence, files(1))
+        lease = ledger.lend(fence, 1, "a", 4)
+        assert lease is not None
+        given.append(lease)
+        clock.now += 61.0
+    old, new = given
+    assert new.fence > old.fence > 0
+    assert new.lease > old.lease
+    # Trained for the lost one: it says nothing about the blocks that are lent now.
+    assert ledger.record(new.fence, offer_of(old, 1, used=2)) == "refused"
+    ledger.close()
 
 
 def test_the_attempt_that_used_most_is_held_and_the_others_superseded(ledger: Ledger) -> None:
@@ -272,3 +293,24 @@ def test_a_contribution_that_lies_about_its_tokens_is_refused(ledger: Ledger) ->
     with pytest.raises(StateError, match="waits for no merge"):
         ledger.commit(fence, 1, [honest], files(2), b"m")
     assert ledger.current().number == 1  # type: ignore[union-attr]
+
+
+def test_commits_reach_the_disk_on_every_system(ledger: Ledger) -> None:
+    asked = {name: ledger._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("fullfsync", "checkpoint_fullfsync")}
+    assert asked == {"fullfsync": 1, "checkpoint_fullfsync": 1}
+
+
+def test_what_is_held_can_be_taken_back_once(ledger: Ledger) -> None:
+    fence = ledger.take_lead("hub", 60.0)
+    ledger.begin(fence, files(1))
+    lease = ledger.lend(fence, 1, "a", 4)
+    assert lease is not None
+    offer = offer_of(lease, 1, used=2)
+    assert ledger.record(fence, offer) == "held"
+    ledger.refuse(fence, offer, "its file is gone")
+    assert ledger.held(1) == []
+    assert ledger.verdicts() == {(1, "a", 1): ("refused", "its file is gone")}
+    with pytest.raises(StateError, match="waits for no merge"):
+        ledger.refuse(fence, offer, "again")
+    # The same work under a later attempt counts.
+    assert ledger.record(fence, offer_of(lease, 1, used=2, attempt=2)) == "held"

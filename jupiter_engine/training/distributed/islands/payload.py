@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ import numpy.typing as npt
 
 from jupiter_engine.checkpoints.tensors import FileRecord
 from jupiter_engine.errors import StateError
-from jupiter_engine.files import sha256_file
+from jupiter_engine.files import sha256_file, sync_file
 
 Encoding = Literal["float32", "bfloat16", "int8"]
 Floats = npt.NDArray[np.float32]
@@ -171,7 +170,7 @@ def write_payload(
         for name, shape in shapes.items():
             for part in _encoded(name, math.prod(shape), encoding, source):
                 put(part)
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
     return FileRecord(sha256=hasher.hexdigest(), bytes=total)
 
 
