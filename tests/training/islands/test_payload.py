@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +104,14 @@ def test_int8_of_gaussian_values_is_off_by_less_than_one_percent() -> None:
     numbers, scales = quantise(values)
     error = np.linalg.norm(dequantise(numbers, scales) - values) / np.linalg.norm(values)
     assert 0.004 < error < 0.01
+
+
+def test_a_file_is_written_through_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the project's own call, which on macOS empties the drive's cache as well."""
+    synced: list[int] = []
+    monkeypatch.setattr(payload, "sync_file", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    record = write_payload(tmp_path / "x", shapes_of(ARRAYS), "bfloat16", of_arrays(ARRAYS))
+    assert synced == [record.bytes]
 
 
 def test_what_is_not_finite_is_not_quantised() -> None:

@@ -247,9 +247,6 @@ class Hub:
         for (number, island, attempt), (verdict, _) in self.ledger.verdicts().items():
             if number == current.number and verdict in ("refused", "stale"):
                 state.refused[island] = max(attempt, state.refused.get(island, 0))
-        for (number, island, attempt), (verdict, _) in self.ledger.verdicts().items():
-            if number == current.number and verdict in ("refused", "stale"):
-                state.refused[island] = max(attempt, state.refused.get(island, 0))
         self._publish_base(current)
         while not self._listener.halt_asked():
             self._check_lead()
