@@ -12,6 +12,10 @@ from collections.abc import Iterable
 
 from jupiter_engine.protocol.specs import EarlyStopSpec, SpikeGuardSpec
 
+LEAST_SPIKE = 0.5
+"""Nats above the median that are no spike whatever the factor: where losses are near zero, batches of different kinds
+lie far apart by ratio (rows that are known by heart beside new ones)."""
+
 
 class SpikeGuard:
     """Tells a step whose update would do harm: its loss or gradient is not finite, or its loss leaps."""
@@ -49,7 +53,7 @@ class SpikeGuard:
         if not self._spec.spike_factor or len(self._losses) < self._spec.window:
             return None
         median = statistics.median(self._losses)
-        if loss <= median * self._spec.spike_factor:
+        if loss <= max(median * self._spec.spike_factor, median + LEAST_SPIKE):
             return None
         return f"the loss is {loss:.4f}, the median of the last {len(self._losses)} steps {median:.4f}"
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -63,7 +64,19 @@ class Outcome:
 
 
 def recipe_sha256(recipe: Recipe) -> str:
-    return hashlib.sha256(msgspec.json.encode(recipe, order="deterministic")).hexdigest()
+    """Over what differs from the defaults, so that a key that a later version adds changes no running recipe."""
+    return hashlib.sha256(msgspec.json.encode(_set(recipe), order="deterministic")).hexdigest()
+
+
+def _set(spec: msgspec.Struct) -> dict[str, Any]:
+    """Fields that differ from those of a spec of the same type without any, nested specs likewise."""
+    found: dict[str, Any] = {}
+    default = type(spec)()
+    for name in spec.__struct_fields__:
+        value = getattr(spec, name)
+        if value != getattr(default, name):
+            found[name] = _set(value) if isinstance(value, msgspec.Struct) else value
+    return found
 
 
 class Training:
@@ -108,6 +121,8 @@ class Training:
         self._leave_out(())
         self._step = 0
         self._tokens = 0
+        self._bad_step: int | None = None
+        """The step that was taken back last."""
         self._measured: float | None = None
         """Held-out loss of the state as it stands."""
         self._published: int | None = None
@@ -347,12 +362,18 @@ class Training:
         if state is not None:
             self._trainer.import_state(state)
         self._trainer.share_state(self._step)
-        self._leave_out({*skipped, *self._skipped, bad_batch})
+        left_out = {bad_batch}
+        if bad_step == self._bad_step and bad_step > self._step:
+            # Another batch at the same place is no better: the harm was done by the update before it.
+            left_out.add(batch_number(bad_step - 1, self._skipped))
+        self._bad_step = bad_step
+        self._leave_out({*skipped, *self._skipped, *left_out})
         self._guard.rollbacks += 1
         self.agree_on_weights(f"back at step {self._step}")
         self._reporter.begun(self._step)
+        named = " and ".join(str(one + 1) for one in sorted(left_out))
         self._reporter.note(
-            f"Step {bad_step + 1}: {wrong}. Back to step {self._step}; batch {bad_batch + 1} is left out from now on "
+            f"Step {bad_step + 1}: {wrong}. Back to step {self._step}; batch {named} is left out from now on "
             f"({self._guard.rollbacks} of {self._recipe.spike_guard.rollbacks} times)",
             "warning",
         )

@@ -132,6 +132,7 @@ class GroupStep:
                 loss_sum += trainer.accumulate(batch, 1.0 / tokens)
                 compute += time.perf_counter() - began
         except Exception as error:  # noqa: BLE001 - the other ranks wait for this one: they are told first, then it is raised
+            self._others_wait_elsewhere(error, joint=trainer.lockstep)
             failure = error
         self._reporter.at(number, waiting=True)
         wanted = halt is not None and halt()
@@ -155,6 +156,7 @@ class GroupStep:
         try:
             trainer.apply(learning_rate, min(1.0, self._recipe.max_grad_norm / (done.norm + _NORM_EPS)))
         except Exception as error:  # noqa: BLE001 - as in `compute`
+            self._others_wait_elsewhere(error, joint=trainer.joint_update)
             failure = error
         peak = 0 if failure is not None else trainer.peak_bytes()
         said = trainer.exchange([float(failure is not None), self._communication, self._idle, float(peak)])
@@ -191,10 +193,19 @@ class GroupStep:
                 loss_sum += trainer.held_out(batch)
                 counted += int(batch.counted.sum())
         except Exception as error:  # noqa: BLE001 - as in `compute`
+            self._others_wait_elsewhere(error, joint=trainer.lockstep)
             failure = error
         said = trainer.exchange([float(failure is not None), loss_sum, float(counted)])
         self._raise(failure, said[:, 0], "failed while it measured the held-out loss")
         return float(said[:, 1].sum() / said[:, 2].sum())
+
+    def _others_wait_elsewhere(self, failure: Exception, *, joint: bool) -> None:
+        """Raise at once if the other ranks sit in a collective of the work itself: an exchange would never meet them.
+
+        This rank's process then ends with its reason reported, and the collective of the others fails.
+        """
+        if joint and self._trainer.ranks > 1:
+            raise failure
 
     def close(self) -> None:
         """End the reader thread; the trainer stays open."""

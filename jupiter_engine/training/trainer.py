@@ -57,6 +57,11 @@ class Trainer(Protocol):
     def ranks(self) -> int: ...
 
     @property
+    def joint_update(self) -> bool:
+        """Whether the ranks speak with each other within `apply`, because each holds a part of the state only."""
+        ...
+
+    @property
     def lockstep(self) -> bool:
         """Weights are divided among the ranks (FSDP): all must call `accumulate` and `held_out` equally often. The
         loop pads with batches of which nothing counts; they still run forward and backward."""

@@ -73,6 +73,10 @@ class BigramTrainer:
         return self.poison if poisoned else loss
 
     @property
+    def joint_update(self) -> bool:
+        return False
+
+    @property
     def lockstep(self) -> bool:
         return False
 

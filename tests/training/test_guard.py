@@ -14,7 +14,7 @@ from jupiter_engine.errors import Diverged, StateError
 from jupiter_engine.protocol.specs import EarlyStopSpec, OptimizerSpec, Recipe, SpikeGuardSpec
 from jupiter_engine.training.data_order import BatchOrder
 from jupiter_engine.training.guard import EarlyStop, SpikeGuard
-from jupiter_engine.training.loop import Outcome, PeerFailed, TrainingData
+from jupiter_engine.training.loop import Batch, Outcome, PeerFailed, TrainingData
 from tests.training.bigram import BigramTrainer, Wire, run_ranks, training
 from tests.training.nano import IDENTITY, Listener, data, recipe
 
@@ -55,6 +55,42 @@ def test_there_is_no_spike_before_the_window_is_full_or_without_a_factor() -> No
     off.restart([1.0] * 4)
     assert off.judge(100.0, 1.0) is None
     assert off.judge(math.nan, 1.0) is not None
+
+
+def test_near_zero_a_loss_must_leap_by_half_a_nat_to_be_a_spike() -> None:
+    guard = SpikeGuard(SpikeGuardSpec(spike_factor=3.0, window=4))
+    guard.restart([0.05, 0.04, 0.06, 0.05])
+    assert guard.judge(0.5, 1.0) is None
+    assert guard.judge(0.6, 1.0) is not None
+
+
+class Harmed(BigramTrainer):
+    """The update from one batch ruins the weights: it shows in the loss of the step after it."""
+
+    harmful = b""
+
+    def accumulate(self, batch: Batch, scale: float) -> float:
+        self.last = batch.tokens.tobytes()
+        return super().accumulate(batch, scale)
+
+    def apply(self, learning_rate: float, gradient_scale: float) -> None:
+        super().apply(learning_rate, gradient_scale)
+        if self.last == self.harmful:
+            self.table[:] = math.nan
+
+
+def test_harm_that_an_update_did_is_found_when_the_next_batch_is_no_better(tmp_path: Path) -> None:
+    wanted, rows = recipe(spike_guard=SpikeGuardSpec(rollbacks=2)), data()
+    trainer, listener = Harmed(), Listener()
+    batch = BatchOrder(len(rows.tokens), wanted.batch_sequences, wanted.seed).batch(7)
+    trainer.harmful = rows.tokens[batch][:, :-1].astype(np.int64).tobytes()
+    outcome = training(wanted, trainer, tmp_path, listener, rows=rows).run()
+    # Step 9 shows what step 8 did. First its own batch is left out, then the harmful one.
+    assert outcome.steps == STEPS
+    assert outcome.rollbacks == 2
+    assert 7 in outcome.skipped_batches
+    assert np.isfinite(trainer.table).all()
+    assert any("batch 8 and 10 is left out" in note for note in listener.notes)
 
 
 def test_patience_counts_measurements_without_a_real_improvement() -> None:

@@ -118,6 +118,16 @@ def test_ranks_in_lockstep_compute_equally_many_micro_batches() -> None:
         np.testing.assert_allclose(trainer.table, reference.table, rtol=0, atol=1e-12)
 
 
+def test_a_rank_in_lockstep_that_fails_does_not_wait_for_ranks_that_wait_within_their_work() -> None:
+    trainer = Sleeper(Wire(2), 1)  # nobody is there as rank 0: an exchange would time out
+    trainer.lockstep_wanted = True
+    trainer.raise_at = 0
+    group = step(trainer, (4, 4))
+    with pytest.raises(MemoryError):
+        group.compute(0, np.arange(8), TOKENS)
+    group.close()
+
+
 def test_a_discarded_step_leaves_no_trace() -> None:
     trainer = BigramTrainer()
     group = step(trainer, (8,))

@@ -109,6 +109,7 @@ class MlxTrainer:
         self._recipe, self._info = recipe, info
         self._sharding: Sharding = "none" if self._group.ranks == 1 else sharding
         self.lockstep = self._sharding == "fsdp"
+        self.joint_update = self._sharding != "none" and self._group.ranks > 1
         self._dtype = DTYPES[recipe.compute_dtype]
         self._lora = recipe.lora if recipe.update == "lora" else None
         self._shapes = tensor_shapes(info) if self._lora is None else lora.adapter_shapes(info, self._lora)

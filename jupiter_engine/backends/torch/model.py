@@ -71,6 +71,11 @@ class Attention(nn.Module):
         if isinstance(sight, attention.Blocks):
             out = attention.attend(q, k, v, sight, self.scale)
         else:
+            if sight is not None and self.heads != self.kv_heads:
+                # With a mask CUDA's memory-light kernels know no grouped heads: it would fall to the one that keeps
+                # all scores of all heads.
+                group = self.heads // self.kv_heads
+                k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
             out = functional.scaled_dot_product_attention(
                 q,
                 k,
@@ -78,7 +83,7 @@ class Attention(nn.Module):
                 attn_mask=sight,
                 is_causal=sight is None,
                 scale=self.scale,
-                enable_gqa=self.heads != self.kv_heads,
+                enable_gqa=k.shape[1] != q.shape[1],
             )
         return out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
 

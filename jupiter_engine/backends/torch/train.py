@@ -125,6 +125,7 @@ class TorchTrainer:
             # (Adapters are small: they stay whole on every rank.)
             holder = FullyShard
         self.lockstep = sharding == "fsdp"
+        self.joint_update = sharding != "none" and self._group.ranks > 1
         self._held: Replicated | FullyShard = holder(
             self._model,
             shapes,
