@@ -106,6 +106,12 @@ def test_old_rounds_go_and_the_end_is_said_and_taken_back(line: Ssh, tmp_path: P
         publish(hub, number)
         line.turn()
     assert exchange.rounds(there) == [2, 3]
+    # A ledger that was begun anew is at a round before those of the former one.
+    exchange.forget_before(hub, 9)
+    publish(hub, 1, fence=2)
+    line = led(hub, there, 2)
+    line.turn()
+    assert exchange.rounds(there) == [1]
     end = exchange.End(reason="halted", fence=1)
     write_json(hub / exchange.END, end)
     line.turn()

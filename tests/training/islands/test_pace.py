@@ -191,6 +191,15 @@ def test_a_plan_of_a_lower_fence_than_was_seen_is_not_followed(table: Table) -> 
     assert table.next() is Act.JOIN
 
 
+def test_the_same_lease_of_a_ledger_that_was_begun_anew_is_another(table: Table) -> None:
+    publish(table.folder, 1, fence=5)
+    assert [table.next(), table.next()] == [Act.JOIN, Act.STEP]
+    publish(table.folder, 1, fence=6)
+    assert table.next() is Act.JOIN
+    assert table.sitting is not None
+    assert (table.sitting.fence, table.sitting.used) == (6, 0)
+
+
 def test_the_end_and_a_halt_are_heard(table: Table) -> None:
     publish(table.folder, 1)
     table.next()
@@ -234,6 +243,7 @@ def test_a_checkpoint_goes_on_in_its_own_round_only(tmp_path: Path) -> None:
     place = pace.sitting_of(plan, plan.leases["a"], None).place()
     assert pace.resume(place, tmp_path, "a") == (plan, plan.leases["a"])
     assert pace.resume(msgspec.structs.replace(place, lease=9), tmp_path, "a") is None
+    assert pace.resume(msgspec.structs.replace(place, fence=9), tmp_path, "a") is None
     assert pace.resume(place, tmp_path, "b") is None
     publish(tmp_path, 4)
     assert pace.resume(place, tmp_path, "a") is None

@@ -8,6 +8,9 @@ round is free again. So no block is counted twice or lost, whenever anything is 
 One hub leads. It holds a lease of the lead with a fence, a number that grows with every change of hands; every writing
 transaction compares it first, so a hub that was replaced while it slept changes nothing any more (Deposed).
 
+A ledger may be lost and begun anew while islands still work by the former one. So fences start at the minutes and
+leases at the milliseconds since 1970: what an island has of a former ledger never looks like something of this one.
+
 SQLite in WAL mode on a local disk (never a network file system: its locks are not to be relied upon there).
 """
 
@@ -130,6 +133,11 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     tokens_merged: int
 
 
+def minutes(now: float) -> int:
+    """The lowest fence at a time (seconds since 1970)."""
+    return int(now // 60)
+
+
 def ranges(blocks: Sequence[int]) -> Ranges:
     """Ascending block numbers as ranges."""
     found: list[tuple[int, int]] = []
@@ -192,6 +200,7 @@ class Ledger:
             if row is None:
                 db.execute("INSERT INTO run VALUES (1, ?, ?)", (identity, sum(tokens)))
                 db.executemany("INSERT INTO blocks (block, tokens) VALUES (?, ?)", enumerate(tokens))
+                db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('leases', ?)", (int(self._clock() * 1000),))
             elif row[0] != identity:
                 raise StateError(
                     "rounds.db belongs to another recipe, data snapshot or start model",
@@ -215,7 +224,7 @@ class Ledger:
             now = self._clock()
             if row is not None and row[0] != owner and now < row[2] and not gone(row[0]):
                 raise LeadTaken(row[0], row[2] - now)
-            fence = (row[1] if row is not None else 0) + 1
+            fence = max((row[1] if row is not None else 0) + 1, minutes(now))
             db.execute("INSERT OR REPLACE INTO lead VALUES (1, ?, ?, ?)", (owner, fence, now + ttl_s))
         return int(fence)
 

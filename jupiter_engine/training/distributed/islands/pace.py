@@ -147,7 +147,7 @@ class Pace:
             self._fence = plan.fence
             mine = plan.leases.get(self.name)
             elsewhere = sitting is None or (plan.round, plan.base.sha256) != (sitting.round, sitting.base_sha256)
-            if elsewhere or (mine is not None and sitting is not None and mine.lease != sitting.lease):
+            if elsewhere or (mine is not None and sitting is not None and not _same_lease(mine, sitting)):
                 self.plan = plan
                 return Act.JOIN if mine is not None else self._wait(sitting)
             if sitting is not None and self._refused(plan, sitting):
@@ -242,8 +242,13 @@ def resume(place: Place | None, folder: Path, name: str) -> tuple[exchange.Plan,
     lease = plan.leases.get(name) if plan is not None else None
     if place is None or plan is None or lease is None:
         return None
-    same = (plan.round, plan.base.sha256, lease.lease) == (place.round, place.base_sha256, place.lease)
+    same = (plan.round, plan.base.sha256) == (place.round, place.base_sha256) and _same_lease(lease, place)
     return (plan, lease) if same else None
+
+
+def _same_lease(lease: exchange.PlannedLease, held: Sitting | Place) -> bool:
+    """The fence counts as well: a ledger that was begun anew numbers its leases anew."""
+    return (lease.lease, lease.fence) == (held.lease, held.fence)
 
 
 def sitting_of(
