@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from jupiter_engine.checkpoints.tensors import FileRecord
 from jupiter_engine.files import write_json
@@ -20,7 +22,7 @@ from jupiter_engine.training.distributed.islands.starting import Machine
 HERE = Machine("here")
 
 
-def hub(folder: Path, *, fences: int = 1) -> Ledger:
+def hub(folder: Path, *, fences: int = 1, values: int = 6) -> Ledger:
     """A run folder in whose ledger round 1 is open, after so many changes of the lead; long ago, so that fences and
     leases count from 1."""
     folder.mkdir(parents=True)
@@ -31,7 +33,7 @@ def hub(folder: Path, *, fences: int = 1) -> Ledger:
         fence = ledger.take_lead(f"hub {number}", 60.0, lambda _: True)
     state = folder / "state" / f"1.{fence}"
     state.mkdir(parents=True)
-    arrays = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    arrays = {"w": np.arange(values, dtype=np.float32).reshape(2, -1)}
     theta, base = (
         write_payload(state / f"{name}.safetensors", shapes_of(arrays), "float32", of_arrays(arrays))
         for name in ("theta", "base")
@@ -138,6 +140,98 @@ def test_one_copy_stays_and_a_round_is_copied_once(tmp_path: Path) -> None:
     (copy,) = (second / "copies").iterdir()
     assert copy.name == "00000002.00000001"
     ledger.close()
+
+
+class Slow(Machine):
+    """Takes what comes only after a while."""
+
+    def argv(self, *command: str) -> list[str]:
+        if "tar" not in command[2]:
+            return list(command)
+        receive, *rest = command[2:]
+        return ["/bin/sh", "-c", f"sleep 1.5; {receive}", *rest]
+
+
+def test_a_copy_may_take_longer_than_the_round_that_it_is_of(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    # More than a pipe holds: tar is in the midst of it when the files go.
+    ledger = hub(first, values=1 << 20)
+    state = state_folder(current) if (current := ledger.current()) is not None else ""
+    copies = HubCopies(first, Slow("far"), str(second))
+    copies.look(1)
+    time.sleep(0.8)
+    shutil.rmtree(first / state)
+    assert copies.wait(30.0)
+    assert (copies.copied, copies.problem) == (1, "")
+    assert not (first / ".copy").exists()
+    assert adopt(second) != ""
+    ledger.close()
+
+
+def test_a_copy_that_finds_no_room_says_so_and_leaves_the_former_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    ledger = hub(first, values=1 << 18)
+    copied(first, second)
+    (before,) = (second / "copies").iterdir()
+    # The other machine has as much room as the copy takes without the ledger.
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    played = programs / "df"
+    played.write_text("#!/bin/sh\necho head\necho disk 9999 9999 2048 50% /\n")
+    played.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    ledger.take_lead("next", 60.0, lambda _: True)
+    copies = copied(first, second)
+    assert copies.copied == 0
+    assert "2048 KiB are free" in copies.problem
+    assert [path.name for path in (second / "copies").iterdir()] == [before.name]
+    ledger.close()
+
+
+def test_what_is_taken_over_is_on_the_disk_before_the_copy_counts_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    ledger = hub(first)
+    current = ledger.current()
+    assert current is not None
+    ledger.close()
+    copied(first, second)
+    synced: set[int] = set()
+
+    def sync(descriptor: int) -> None:
+        if not (second / "rounds.db").exists():
+            synced.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", sync)
+    assert adopt(second) != ""
+    state = second / state_folder(current)
+    wanted = [second / "rounds.db", second, second / "state", state, *state.iterdir()]
+    assert {path.stat().st_ino for path in wanted} <= synced
+
+
+@pytest.mark.parametrize("how", ["gone", "cut short"])
+def test_a_state_whose_files_the_disk_lost_gives_way_to_an_older_copy(how: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    hub(first).close()
+    copied(first, second)
+    assert adopt(second) != ""
+    taken = Ledger(second / "rounds.db")
+    current = taken.current()
+    taken.close()
+    assert current is not None
+    theta = second / state_folder(current) / "theta.safetensors"
+    whole = theta.read_bytes()
+    if how == "gone":
+        theta.unlink()
+    else:
+        theta.write_bytes(b"")
+    assert "round 1" in adopt(second)
+    assert theta.read_bytes() == whole
 
 
 def test_a_hub_that_goes_on_from_an_older_round_is_followed(tmp_path: Path) -> None:

@@ -150,8 +150,8 @@ class HubCopies:
         missing = sender.stderr.read()
         sent = sender.wait()
         sender.stderr.close()
-        # The hub removes its own name of a file that is being read: GNU tar then takes it for changed, although its bytes
-        # are not, and ends with 1. All else that it ends so for it names.
+        # The hub removes its own name of a file that is being read: GNU tar then takes it for changed, although its
+        # bytes are not, and ends with 1. Whatever else it ends so for it names.
         unchanged = sent == 0 or (gnu and sent == 1 and not missing)
         if self._process.returncode != 0 or not unchanged:
             said = plain_text((errors or missing).decode("utf-8", "replace")).strip().splitlines()
