@@ -365,7 +365,8 @@ class _Preparation:
         if group is None or (len(sites) == 1 and group.launcher != "direct"):
             several = "torchrun" if twin == "torch" else "mlx.launch"
             launcher = "in_process" if alone.ranks == 1 else several
-            return msgspec.structs.replace(alone, launcher=launcher), list(sites)
+            own = node_by_name(self._cluster, sites[0].name).micro_batch_sequences
+            return msgspec.structs.replace(alone, launcher=launcher, micro_batch_sequences=own), list(sites)
         present = msgspec.structs.replace(group, nodes=tuple(site.name for site in sites))
         plan = await (await self._stages.fleet()).plan(present)
         if plan.problems:

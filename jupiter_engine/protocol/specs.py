@@ -324,6 +324,8 @@ class LaunchSpec(Spec, frozen=True, kw_only=True):
     weights and gradients, too (torch, and MLX on jaccl)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: `auto` where a compiler is found and the run is long enough to earn its start-up."""
+    micro_batch_sequences: CountOrZero = 0
+    """Without `hosts`: sequences that a rank of this machine computes at once; 0: the recipe's number."""
 
     islands: tuple[IslandSpec, ...] = ()
     """Groups that train apart under a hub; then the worker of the order is the hub and trains nothing itself."""

@@ -73,8 +73,8 @@ class NodeSpec(Spec, frozen=True, kw_only=True):
     can_train: bool | None = None
     """false: takes training away from a `hybrid` or `trainer`."""
     micro_batch_sequences: CountOrZero = 0
-    """Sequences computed at once on a rank of this machine when it trains in a group, where its memory asks for
-    another number than the domain's `training.micro_batch_sequences`; 0: that one."""
+    """Sequences computed at once on a rank of this machine, where its memory asks for another number than the
+    domain's `training.micro_batch_sequences`; 0: that one."""
 
     def title(self) -> str:
         """What people call this machine: `name`, else `host`."""
@@ -225,7 +225,7 @@ def sharding(cluster: ClusterSettings) -> Sharding:
 
 def launch_spec(cluster: ClusterSettings) -> LaunchSpec:
     """How training starts on this machine, with every `auto` decided."""
-    twin, launch = local_twin(cluster), cluster.launch
+    twin, launch, node = local_twin(cluster), cluster.launch, local_node(cluster)
     launcher = launch.launcher
     if launcher == "auto":
         several: Literal["torchrun", "mlx.launch"] = "torchrun" if twin == "torch" else "mlx.launch"
@@ -237,6 +237,7 @@ def launch_spec(cluster: ClusterSettings) -> LaunchSpec:
         threads_per_rank=launch.threads_per_rank,
         sharding=sharding(cluster),
         compile=launch.compile,
+        micro_batch_sequences=node.micro_batch_sequences if node is not None else 0,
         restarts_per_hour=cluster.retries.group_restarts_per_hour,
     )
 

@@ -40,7 +40,7 @@ READERS: Final[dict[str, str]] = {
     "nodes[].python": "node runner, environment push",
     "nodes[].workdir": "node runner, environment push",
     "nodes[].environment": "environment push, launch",
-    "nodes[].micro_batch_sequences": "train (groups)",
+    "nodes[].micro_batch_sequences": "train",
     "groups": "train",
     "launch": "train; `twin` and threads also generate, evaluate",
     "islands": "train, `jupiter nodes link`",

@@ -25,7 +25,7 @@ nodes:
   - {host: hub, device_type: cpu, role: evaluator}
   - {host: m1, device_type: mac, role: trainer, micro_batch_sequences: 3}
   - {host: m2, device_type: mac, role: trainer}
-  - {host: box, device_type: cpu, role: trainer}
+  - {host: box, device_type: cpu, role: trainer, micro_batch_sequences: 5}
 groups: [{name: macs, nodes: [m1, m2]}]
 """
 ISLANDS = NODES + "islands: {groups: [macs, box], hub: hub, rounds: {quorum: 1}}\n"
@@ -95,6 +95,17 @@ async def test_a_machines_micro_batches_reach_the_order(tmp_path: Path) -> None:
     assert (first.micro_batch_sequences, second.micro_batch_sequences) == (3, 0)
     assert (first.run_folder, second.run_folder) == (f"/home/m1/ws/runs/{RUN}", f"/home/m2/ws/runs/{RUN}.macs")
     assert (first.ssh, second.ssh) == ("", "m2")
+
+
+@pytest.mark.parametrize("name", ["m1", "m2", "box"])
+async def test_one_machine_alone_has_its_micro_batches_in_the_order_as_well(name: str, tmp_path: Path) -> None:
+    """A group's last machine, and an island of one."""
+    made, fleet = preparation(tmp_path, ISLANDS)
+    runner, _ = await fleet.runner(name)
+    site = Site(name=name, local=False, runner=runner, workspace="/w", python="/env/python", env={})
+    group = None if name == "box" else made._cluster.groups[0]
+    launch, sites = await made._launch(group, [site], "torch", lambda _: None)
+    assert (launch.micro_batch_sequences, launch.hosts, sites) == ({"m1": 3, "m2": 0, "box": 5}[name], (), [site])
 
 
 @pytest.mark.parametrize(

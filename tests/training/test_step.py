@@ -15,6 +15,7 @@ import pytest
 from jupiter_engine.errors import StateError
 from jupiter_engine.protocol.shapes import flops_per_token
 from jupiter_engine.protocol.specs import HostSpec, LaunchSpec
+from jupiter_engine.settings.cluster import launch_spec, load_cluster
 from jupiter_engine.training.balance import Balance
 from jupiter_engine.training.distributed.hosts import HOSTS_VARIABLE, hosts_taking_part, micro_batch_sizes
 from jupiter_engine.training.loop import Batch, PeerFailed
@@ -238,6 +239,19 @@ def test_micro_batches_follow_the_hosts_that_take_part(monkeypatch: pytest.Monke
     assert micro_batch_sizes(LaunchSpec(twin="torch", ranks=3), wanted, 3, ()) == [8, 8, 8]
     with pytest.raises(StateError, match="3 ranks take part, their hosts should have 2"):
         micro_batch_sizes(launch, wanted, 3, hosts_taking_part())
+
+
+@pytest.mark.parametrize(("own", "batches"), [(0, [4, 4]), (3, [3, 3, 2])])
+def test_a_machine_that_trains_alone_computes_its_own_number_at_once(
+    own: int, batches: list[int], tmp_path: Path
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"nodes: [{{host: localhost, device_type: cpu, micro_batch_sequences: {own}}}]\n")
+    launch = launch_spec(load_cluster(file).value)
+    sizes = micro_batch_sizes(launch, recipe(micro_batch_sequences=4, batch_sequences=8), 1, ())
+    trainer = BigramTrainer()
+    step(trainer, tuple(sizes)).compute(0, np.arange(8), TOKENS)
+    assert trainer.batches == batches
 
 
 def test_utilisation_is_the_needed_arithmetic_over_the_peaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

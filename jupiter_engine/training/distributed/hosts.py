@@ -164,14 +164,15 @@ def hosts_taking_part() -> tuple[str, ...]:
 
 
 def micro_batch_sizes(launch: LaunchSpec, recipe: Recipe, ranks: int, present: Sequence[str]) -> list[int]:
-    """Rows that each of `ranks` ranks computes at once: its host's number where it has one, else the recipe's.
+    """Rows that each of `ranks` ranks computes at once: its host's (or launch's) number where it has one,
+    else the recipe's.
 
     `present`: names of the hosts that take part (see `hosts_taking_part`), none: all of the launch. StateError if they
     do not make up `ranks`.
     """
     hosts = [host for host in launch.hosts if not present or host.name in present]
     if not hosts:
-        return [recipe.micro_batch_sequences] * ranks
+        return [launch.micro_batch_sequences or recipe.micro_batch_sequences] * ranks
     sizes = [host.micro_batch_sequences or recipe.micro_batch_sequences for host in hosts for _ in range(host.ranks)]
     if len(sizes) != ranks:
         raise StateError(f"{ranks} ranks take part, their hosts should have {len(sizes)}")
