@@ -101,7 +101,7 @@ def run(context: RunContext, order: TrainOrder) -> None:
             owner=Owner.me(),
             gone=owner_gone,
             carriers=_carriers(order, folder),
-            tend=lambda: _tend(keepers, listener, copies, hub),
+            tend=lambda: _tend(keepers, order.launch.rounds.quorum, listener, copies, hub),
         )
         replaced = False
         try:
@@ -110,7 +110,11 @@ def run(context: RunContext, order: TrainOrder) -> None:
             _announce(context, order, hub)
             for keeper in keepers:
                 keeper.begin()
-            result = _publish(job, hub, _carried(hub)) if hub.run() else None
+            done = hub.run()
+            # The workers come to their end now, and must not be started again.
+            for keeper in keepers:
+                keeper.leave()
+            result = _publish(job, hub, _carried(hub)) if done else None
         except Deposed:
             # The islands are another hub's.
             replaced = True
@@ -123,11 +127,11 @@ def run(context: RunContext, order: TrainOrder) -> None:
                 replaced = True
             raise
         finally:
+            # First all of them: while one worker is waited for, no other is started again.
             for keeper in keepers:
-                if replaced:
-                    keeper.leave()
-                else:
-                    keeper.end(grace_s=_END_S)
+                keeper.leave()
+            for keeper in keepers if not replaced else ():
+                keeper.end(grace_s=_END_S)
             if copies is not None:
                 copies.close()
             hub.close()
@@ -224,7 +228,7 @@ def _keeper(order: TrainOrder, island: IslandSpec, folder: Path) -> Keeper:
             ssh_config=order.launch.ssh_config,
             lease_s=_LEASE_S + (1 + rounds.max_unsynced_rounds) * (rounds.round_s + rounds.grace_s),
         )
-    restarts = max(order.launch.restarts_per_hour, 1)
+    restarts = order.launch.restarts_per_hour
     return Keeper(island.name, worker, told, restarts_per_hour=restarts, near=not _elsewhere(island))
 
 
@@ -275,15 +279,20 @@ def _copies(order: TrainOrder, folder: Path, listener: HubListener) -> _Copies |
     return _Copies(HubCopies(folder, machine, str(there)), listener)
 
 
-def _tend(keepers: list[Keeper], listener: HubListener, copies: _Copies | None, hub: Hub) -> None:
+def _tend(keepers: list[Keeper], quorum: int, listener: HubListener, copies: _Copies | None, hub: Hub) -> None:
+    """StageFailed once too few islands are left to merge."""
     if copies is not None:
         copies.look(hub)
     for keeper in keepers:
         while not keeper.said.empty():
             listener.note(*keeper.said.get())
-    if all(keeper.given_up for keeper in keepers):
+    lost = [keeper for keeper in keepers if keeper.given_up]
+    left, quorum = len(keepers) - len(lost), min(quorum, len(keepers))
+    if lost and left < max(quorum, 1):
+        train = "no island trains any more" if not left else f"{left} of {len(keepers)} islands still train"
+        needed = f", a round needs {quorum} contributions" if left else ""
         raise StageFailed(
-            f"no island trains any more; {keepers[0].name}: {keepers[0].given_up}",
+            f"{train}{needed}; {lost[0].name}: {lost[0].given_up}",
             fix="see worker.log in the islands' run folders; start again to go on from the last merge",
         )
 

@@ -53,6 +53,7 @@ class Running:
     def __init__(self, folder: Path, islands: tuple[str, ...], spec: RoundSpec, owner: str = "hub") -> None:
         self.folder, self.islands, self.spec, self.owner = folder, islands, spec, owner
         self.listener = Listener()
+        self.hub: Hub | None = None
         self.done: bool | None = None
         self.error: Exception | None = None
         self.asleep = threading.Event()
@@ -72,6 +73,7 @@ class Running:
         )
         try:
             hub = Hub(self.folder, run, self.listener, owner=self.owner, tend=self._tend)
+            self.hub = hub
             try:
                 self.done = hub.run()
             finally:
@@ -356,6 +358,28 @@ def test_a_hub_that_wakes_to_a_halt_after_a_takeover_elsewhere_says_no_end(
     old.stop()
     assert isinstance(old.error, Deposed)
     assert not (island.exchange / exchange.END).exists()
+
+
+def test_files_beside_the_state_folders_disturb_nothing(start: Callable[..., Running], tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / ".DS_Store").touch()
+    running = start("a")
+    Made(tmp_path, "a").finish(running)
+    assert running.finished()
+    audit(tmp_path)
+
+
+def test_the_trouble_of_a_line_is_told_once(start: Callable[..., Running], tmp_path: Path) -> None:
+    running = start("a")
+    Made(tmp_path, "a").plan()
+    assert running.hub is not None
+    line = running.hub._carriers["a"]
+    for problem in ("no route", "no route still", "", "no route"):
+        line.problem = problem
+        time.sleep(0.5)
+    told = [note for note in running.listener.notes if "island a" in note or "Island a" in note]
+    trouble = "Nothing can be carried to or from island a: no route"
+    assert told == [trouble, "Island a is reached again", trouble]
 
 
 def test_two_hubs_do_not_lead_at_once(start: Callable[..., Running], tmp_path: Path) -> None:

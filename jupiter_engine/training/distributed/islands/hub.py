@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -41,6 +42,7 @@ from jupiter_engine.training.distributed.islands.payload import (
     write_payload,
 )
 
+_STATE = re.compile(r"(\d+)\.(\d+)")
 _POLL_S = 0.1
 _LEAD_S = 30.0
 """A hub that does not renew its lead for so long may be replaced."""
@@ -137,6 +139,8 @@ class Hub:
             island: (carriers or {}).get(island) or Local(self.exchange, island) for island in run.islands
         }
         self._seen = {island: _Seen() for island in run.islands}
+        self._problems: dict[str, str] = {}
+        """Island -> what is wrong with its line, as it was told."""
         self._merge_s = 0.0
         self._merged_at = time.monotonic()
 
@@ -214,10 +218,12 @@ class Hub:
     def _tidy(self, current: Round) -> None:
         """Leave only what the current round needs; what the islands may still read goes a round later."""
         for path in (self._folder / "state").iterdir():
-            number, _, fence = path.name.partition(".")
-            ours = path == self._state(current)
+            named = _STATE.fullmatch(path.name)
+            if named is None or path == self._state(current):
+                # What the file system's own tools leave (.DS_Store) concerns nobody.
+                continue
             # A hub that has taken over meanwhile may be writing under its own, higher fence.
-            if not ours and (int(number) <= current.number or int(fence) < self.fence):
+            if int(named[1]) <= current.number or int(named[2]) < self.fence:
                 shutil.rmtree(path, ignore_errors=True)
         exchange.forget_before(self.exchange, current.number - 1)
 
@@ -251,6 +257,7 @@ class Hub:
         while not self._listener.halt_asked():
             self._check_lead()
             self._tend()
+            self._tell_problems()
             self._look(state)
             self._lend(state)
             self._take_in(state)
@@ -287,6 +294,16 @@ class Hub:
                 if seen.beat != -1 or here.round == state.round.number or here.waiting:
                     seen.at = time.monotonic()
                 seen.beat = here.beat
+
+    def _tell_problems(self) -> None:
+        """Of the lines to the islands, each once."""
+        for island, carrier in self._carriers.items():
+            problem, told = carrier.problem, self._problems.get(island, "")
+            if problem and not told:
+                self._listener.note(f"Nothing can be carried to or from island {island}: {problem}", "warning")
+            elif told and not problem:
+                self._listener.note(f"Island {island} is reached again")
+            self._problems[island] = problem
 
     def _alive(self, island: str) -> bool:
         limit = max(_ALIVE_S, self._run.spec.round_s + self._run.spec.grace_s)

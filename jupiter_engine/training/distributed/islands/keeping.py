@@ -77,10 +77,12 @@ class Keeper:
                     self._starts.append(time.monotonic())
                     began = time.monotonic()
                     self._worker.start(self._order)
-            except JupiterError as error:
+            except (JupiterError, OSError) as error:
+                # OSError: a full disk, no more processes. It may pass.
+                reason = _reason(error)
                 if not silent:
-                    self.said.put((f"Island {self.name} could not be started: {error.detail}", "warning"))
-                silent = error.detail
+                    self.said.put((f"Island {self.name} could not be started: {reason}", "warning"))
+                silent = reason
             self._stop.wait(self._every_s)
 
     def _explain(self, present: IslandState, pause_s: float) -> None:
@@ -105,16 +107,21 @@ class Keeper:
     def end(self, *, grace_s: float) -> None:
         """The run is over or rests: let the worker come to its end by itself, and end it if it does not."""
         self._stop.set()
-        self._thread.join(timeout=90.0)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=90.0)
         try:
             deadline = time.monotonic() + grace_s
             while self._worker.state().at_work and time.monotonic() < deadline:
                 time.sleep(0.2)
             self._worker.stop()
-        except JupiterError as error:
+        except (JupiterError, OSError) as error:
             # It ends itself: the end lies in its exchange folder, or its lease runs out.
-            self.said.put((f"Island {self.name} could not be ended: {error.detail}", "warning"))
+            self.said.put((f"Island {self.name} could not be ended: {_reason(error)}", "warning"))
 
     def leave(self) -> None:
-        """Stop looking, and leave the worker at work: another hub goes on with it."""
+        """Stop looking, and leave the worker at work: another hub goes on with it, or it is ended later."""
         self._stop.set()
+
+
+def _reason(error: JupiterError | OSError) -> str:
+    return (error.detail if isinstance(error, JupiterError) else str(error)) or type(error).__name__
