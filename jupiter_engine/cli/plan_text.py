@@ -112,11 +112,12 @@ def _print_whole(answer: Outlook) -> None:
         print(f"of peak    {told}")
     if answer.islands > 1:
         print(f"loss       {answer.penalty:+.1%} expected against one group, for {answer.islands} islands")
-    available = "are counted in its first cycle"
+    available = "are known once a cycle has read them all"
     if answer.available is not None:
-        times = f", read {answer.epochs:.1f} times over" if answer.epochs is not None else ""
-        available = f"are {count_text(answer.available)}{times}"
-    print(f"tokens     {count_text(answer.tokens_wanted)} would be 20 a parameter; distinct ones of the domain {available}")
+        times = f", read at most {answer.epochs:.1f} times over" if answer.epochs is not None else ""
+        available = f"are at least {count_text(answer.available)}{times}"
+    wanted = f"{count_text(answer.tokens_wanted)} would be 20 a parameter"
+    print(f"tokens     {wanted}; distinct ones of the domain {available}")
     print(f"disk       {bytes_text(answer.checkpoint)} a checkpoint")
 
 

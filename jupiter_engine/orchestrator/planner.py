@@ -122,27 +122,30 @@ def members_of(
     known = remembered_devices(root)
     if not placement.nodes:
         return (Member(device=_here(root, cluster, None), ranks=launch_spec(cluster).ranks),)
+
+    def member(node: NodeSpec, ranks: int, over: str, island: str = "") -> Member:
+        device = _device(root, cluster, node, facts, known)
+        if device.kind == "cuda" and not device.measured:
+            # The cluster file tells a card's memory, not how many there are: a rank has one to itself.
+            device = replace(device, cards=max(1, ranks))
+        return Member(
+            device=device,
+            ranks=ranks,
+            link=_link(node, placement, over),
+            island=island,
+            micro_batch=node.micro_batch_sequences,
+        )
+
     if placement.islands:
         return tuple(
-            Member(
-                device=_device(root, cluster, node, facts, known),
-                ranks=island.group.ranks_per_node,
-                link=_link(node, placement, island.group.over),
-                island=island.name,
-            )
+            member(node, island.group.ranks_per_node, island.group.over, island.name)
             for island in placement.islands
             for node in island.nodes
         )
     group = placement.group
-    alone = launch_spec(cluster).ranks
-    return tuple(
-        Member(
-            device=_device(root, cluster, node, facts, known),
-            ranks=group.ranks_per_node if group is not None else alone,
-            link=_link(node, placement, group.over if group is not None else "auto"),
-        )
-        for node in placement.nodes
-    )
+    if group is None:
+        return tuple(member(node, launch_spec(cluster).ranks, "auto") for node in placement.nodes)
+    return tuple(member(node, group.ranks_per_node, group.over) for node in placement.nodes)
 
 
 def _here(root: Path, cluster: ClusterSettings, node: NodeSpec | None) -> Device:
@@ -224,10 +227,15 @@ def _folder_shape(folder: Path) -> Shape:
 
 
 def distinct_tokens(state: State, domain: str) -> int | None:
-    """Distinct tokens that the domain's newest sealed training data held; None before the first."""
+    """Distinct tokens that the domain has at least: those of its newest sealed training data, if it had to repeat some.
+
+    None before the first, and where the data took only a part of the domain's text.
+    """
     for cycle in reversed(list(state.cycles.values())):
         stage = cycle.stages["queue"]
         if cycle.domain == domain and stage.status == "done":
+            if max(stage.result.get("epochs", {}).values(), default=0.0) <= 1.0:
+                return None
             count = stage.result.get("distinct_tokens")
             return count if isinstance(count, int) and count > 0 else None
     return None

@@ -34,8 +34,8 @@ DeviceKind = Literal["cpu", "cuda", "metal"]
 Sharding = Literal["none", "zero1", "fsdp"]
 Sizes = Mapping[str, tuple[int, ...]]
 
-LOSS_CHUNK: Final = 256
-"""Targets whose logits exist at once in both twins."""
+LOSS_CHUNK: Final[Mapping[Twin, int]] = {"torch": 512, "mlx": 256}
+"""Targets whose logits exist at once in a twin's loss."""
 _BLOCK: Final = 256
 """Values that share one scale in 8-bit moments."""
 _SMALLEST_QUANTISED: Final = 4096
@@ -181,6 +181,8 @@ class _Allocator(msgspec.Struct, frozen=True, kw_only=True):
     """On the trained weights in float32: gradients of a backward pass before they are added."""
     rest: float = 0.0
     """Share of all that changes during a step: where nothing was measured."""
+    chunk: int = 0
+    """Targets at once that the fit reckoned with, where these were fewer than the twin takes; 0: as many."""
 
 
 _ALLOCATORS: Final[Mapping[tuple[Twin, DeviceKind], _Allocator]] = {
@@ -195,6 +197,8 @@ _ALLOCATORS: Final[Mapping[tuple[Twin, DeviceKind], _Allocator]] = {
         adapters=5.2,
         head=2.2,
         rest=0.03,
+        # `logits` and `head` are shares of half of what the loss really holds at once.
+        chunk=256,
     ),
     ("mlx", "cpu"): _Allocator(
         kept=1.09, again=2.48, layer=3.02, logits=2.27, biggest=1.06, opening=1.87, adapters=2.1, tree=0.5, rest=0.02
@@ -227,6 +231,8 @@ class _Step(msgspec.Struct, frozen=True, kw_only=True):
     attention: float
     layer: float
     logits: float
+    fitted: float
+    """Share of `logits` that an allocator's factors are about."""
     projections: float
 
 
@@ -242,12 +248,18 @@ def _step(shape: Shape, recipe: Recipe, rows: int, twin: Twin, device: DeviceKin
     lora = recipe.update == "lora"
     # float32 logits and their gradient, in bfloat16 the product's own result as well.
     a_logit = 8 if e == BYTES_OF_DTYPE["float32"] else 10
+    chunk = min(tokens, LOSS_CHUNK[twin])
+    if twin == "torch" and device != "cpu" and tokens > chunk:
+        # A chunk's softmax is made while that of the chunk before still lies there, as its slope does.
+        a_logit += 4
+    fitted = _ALLOCATORS.get((twin, device), _UNMEASURED).chunk or chunk
     return _Step(
         kept=shape.layers * (tokens * d * e if again else one),
         again=one if again else 0.0,
         attention=square * (kept.scores * (1 if again else shape.layers) + kept.rebuilt),
         layer=tokens * e * (4 * d + 3 * f),
-        logits=min(tokens, LOSS_CHUNK) * shape.vocab_size * a_logit,
+        logits=chunk * shape.vocab_size * a_logit,
+        fitted=min(chunk, fitted) / chunk,
         projections=tokens * e * (2 * d + q + 2 * kv + 2 * f) if lora else 0.0,
     )
 
@@ -266,6 +278,11 @@ rest is room for what the worker itself holds). On CUDA this is the allocator's 
 off what the card allows (planning.budget)."""
 
 
+def rows_at_once(recipe: Recipe, ranks: int, own: int = 0) -> int:
+    """Sequences that one of `ranks` ranks computes at once: its `own` number (0: the recipe's), at most its share."""
+    return min(own or recipe.micro_batch_sequences, -(-recipe.batch_sequences // ranks))
+
+
 def rank_memory(
     shape: Shape,
     recipe: Recipe,
@@ -278,10 +295,10 @@ def rank_memory(
 ) -> RankMemory:
     """Bytes of one of `ranks` ranks of a run of `recipe` on a model of `shape`.
 
-    `micro_batch`: sequences at once on this rank; 0: the recipe's, and at most its share of the batch.
+    `micro_batch`: the rank's own number of sequences at once (see `rows_at_once`).
     """
     e = BYTES_OF_DTYPE[recipe.compute_dtype]
-    rows = micro_batch or min(recipe.micro_batch_sequences, -(-recipe.batch_sequences // ranks))
+    rows = rows_at_once(recipe, ranks, micro_batch)
     shapes = trained_shapes(shape, recipe)
     trained, whole = _values(shapes), parameter_count(shape)
     lora = recipe.update == "lora"
@@ -292,7 +309,8 @@ def rank_memory(
     copy = 0 if e == BYTES_OF_DTYPE["float32"] else e * trained
     factors = _ALLOCATORS.get((twin, device), _UNMEASURED)
     step = _step(shape, recipe, rows, twin, device)
-    asked = step.kept + step.again + step.layer + step.logits
+    logits = step.fitted * step.logits
+    asked = step.kept + step.again + step.layer + logits
     # On other devices the start weights lie in the machine's memory, not in the card's.
     opening = 0.0 if lora or device == "cuda" else factors.opening * max(0.0, 4 * whole - asked)
     short_lived = factors.layer * step.layer + opening + factors.tree * 4 * trained
@@ -301,8 +319,8 @@ def rank_memory(
     update = max(0.0, _update_workspace(recipe.optimizer, shapes, twin) - asked - step.attention - short_lived)
     transients = short_lived + update + _exchange(shape, shapes, e, ranks, sharding)
     margin = factors.base + (factors.kept - 1) * step.kept + (factors.again - 1) * step.again
-    margin += (factors.logits - 1) * step.logits + factors.adapters * step.projections
-    margin += factors.head * step.logits if lora else 0.0
+    margin += factors.logits * logits - step.logits + factors.adapters * step.projections
+    margin += factors.head * logits if lora else 0.0
     changing = step.kept + step.again + step.attention + step.logits + transients + margin
     return RankMemory(
         weights=int((e if lora else 4) * whole * masters_part),

@@ -17,6 +17,7 @@ from jupiter_engine.planning.memory import (
     Sharding,
     checkpoint_bytes,
     rank_memory,
+    rows_at_once,
     trained_shapes,
 )
 from jupiter_engine.planning.time import BYTES_PER_S, Calibration, Link, Speed, reduce_seconds, speed_of
@@ -60,10 +61,14 @@ class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True):
         """Copy of the state that is written beside the training (rank 0; left out where memory is short)."""
         return self.parts.writing
 
-    @property
-    def host_memory(self) -> int:
-        """Of the machine's own memory: all of it, except on a card, where only the start weights pass through."""
-        return self.memory if self.kind != "cuda" else 4 * self.parameters + self.parts.runtime
+    def host_memory(self, ranks: int = 1) -> int:
+        """Of the memory of a machine with `ranks` of the ranks.
+
+        All of it, except on cards: there only the first rank's start weights and copy of the state pass through.
+        """
+        if self.kind != "cuda":
+            return ranks * self.memory
+        return 4 * self.parameters + self.writing + ranks * self.parts.runtime
 
     @property
     def disk(self) -> int:
@@ -78,15 +83,24 @@ def plan_training(
     twin: Twin = "torch",
     kind: DeviceKind = "cpu",
     sharding: Sharding = "none",
+    micro_batch: int = 0,
 ) -> TrainingPlan:
-    """Sizes of a run of `recipe` on a model of `shape` by `ranks` data-parallel ranks."""
+    """Sizes of a run of `recipe` on a model of `shape` by `ranks` data-parallel ranks.
+
+    `micro_batch`: sequences at once on the rank that is told about, where it is not the recipe's number.
+    """
     checkpoint = checkpoint_bytes(shape, recipe)
     kept = min(recipe.keep_checkpoints, (recipe.steps - 1) // recipe.checkpoint_every_steps) + 1
+    if recipe.early_stop.every_steps:
+        # Each new best state is stored, whatever the step, and stays beside the newest ones.
+        kept = recipe.keep_checkpoints + 2
     if recipe.keep_every_steps:
         kept += recipe.steps // recipe.keep_every_steps
     return TrainingPlan(
         parameters=parameter_count(shape),
-        parts=rank_memory(shape, recipe, twin=twin, device=kind, ranks=ranks, sharding=sharding),
+        parts=rank_memory(
+            shape, recipe, twin=twin, device=kind, ranks=ranks, sharding=sharding, micro_batch=micro_batch
+        ),
         checkpoint=checkpoint,
         checkpoints=kept * checkpoint,
         target=weight_bytes(shape, recipe.compute_dtype),
@@ -105,6 +119,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     """How it reaches the others."""
     island: str = ""
     """The group it trains in where there are several under a hub; empty: there is one group."""
+    micro_batch: int = 0
+    """Sequences at once on a rank here; 0: the recipe's number."""
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,7 +135,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int | None = None
     """Input tokens of the whole training; None: the recipe's."""
     available: int | None = None
-    """Distinct tokens of the domain; None: not counted yet."""
+    """Distinct tokens of the domain, at least; None: not known yet."""
     calibrations: tuple[Calibration, ...] = ()
 
     @property
@@ -274,7 +290,7 @@ def _group_ranks(question: Question, member: Member) -> int:
     return sum(other.ranks for other in question.members if other.island == member.island)
 
 
-def _memory(question: Question, member: Member, micro_batch: int = 0) -> tuple[RankMemory, int]:
+def _memory(question: Question, member: Member) -> tuple[RankMemory, int]:
     """(one rank, all ranks on one pool)."""
     device = member.device
     one = rank_memory(
@@ -284,7 +300,7 @@ def _memory(question: Question, member: Member, micro_batch: int = 0) -> tuple[R
         device=device.kind,
         ranks=_group_ranks(question, member),
         sharding=question.sharding,
-        micro_batch=micro_batch,
+        micro_batch=member.micro_batch,
     )
     return one, one.total * device.ranks_on_one_pool(member.ranks)
 
@@ -293,11 +309,8 @@ def _nodes(question: Question) -> tuple[NodePlan, ...]:
     drafts: list[NodePlan] = []
     for member in question.members:
         device = member.device
-        rows = min(
-            question.recipe.micro_batch_sequences,
-            -(-question.recipe.batch_sequences // _group_ranks(question, member)),
-        )
-        one, needed = _memory(question, member, rows)
+        rows = rows_at_once(question.recipe, _group_ranks(question, member), member.micro_batch)
+        one, needed = _memory(question, member)
         speed = speed_of(
             device, question.shape, question.recipe, ranks=member.ranks, calibrations=question.calibrations
         )
@@ -494,7 +507,9 @@ def _nearest(question: Question) -> Nearest | None:
 def _most_needed(question: Question) -> float:
     """The largest share of its limit that any node needs."""
     return max(
-        (_memory(question, member)[1] / member.device.allowed) for member in question.members if member.device.allowed
+        _memory(question, member)[1] / member.device.allowed if member.device.allowed else math.inf
+        for member in question.members
+        if member.device.allowed is not None
     )
 
 
@@ -557,7 +572,7 @@ def _warnings(question: Question, nodes: Sequence[NodePlan], epochs: float | Non
         )
     if epochs is not None and epochs > MOST_EPOCHS:
         yield (
-            f"the text is read {epochs:.0f} times over; beyond {MOST_EPOCHS:.0f} times it teaches little: "
+            f"the text is read up to {epochs:.0f} times over; beyond {MOST_EPOCHS:.0f} times it teaches little: "
             "collect more, or train less"
         )
     for node in nodes:
@@ -570,7 +585,9 @@ def _warnings(question: Question, nodes: Sequence[NodePlan], epochs: float | Non
                 f"{node.node} adds {node.adds:.0%} of the tokens: hardly worth its merges; it may serve better "
                 "at generating samples"
             )
-        if node.allowed and node.fits and node.needed + node.memory.writing > node.allowed and node is nodes[0]:
+        # A card's copy lies in the machine's memory.
+        beside = node.memory.writing if node.kind != "cuda" and node is nodes[0] else 0
+        if node.allowed and node.fits and node.needed + beside > node.allowed:
             yield (
                 f"{node.node} has no room for a second copy of the state: training waits while a checkpoint is written"
             )

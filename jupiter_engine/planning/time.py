@@ -155,7 +155,8 @@ def entry_of(device: Device) -> Entry | None:
 def speed_of(
     device: Device, shape: Shape, recipe: Recipe, *, ranks: int = 1, calibrations: Sequence[Calibration] = ()
 ) -> Speed:
-    """One rank's speed on `device`, which it shares with `ranks` - 1 others (CPU cores are divided among them)."""
+    """One rank's speed on `device`, which it shares with `ranks` - 1 others: those on one processor, GPU or card
+    divide its speed."""
     watts = _watts(device)
     rows = min(recipe.micro_batch_sequences, recipe.batch_sequences)
     found = _nearest_calibration(device, shape, recipe, calibrations)
@@ -168,7 +169,7 @@ def speed_of(
         count = recipe.batch_sequences / rows
         tokens = recipe.batch_sequences * recipe.sequence_tokens
         update = one.update_s * (1.0 if same else _updated(shape, recipe) / max(1, _updated(one.shape, _recipe(one))))
-        rate = tokens / (count * micro + update) / (ranks if device.kind == "cpu" else 1)
+        rate = tokens / (count * micro + update) / device.ranks_on_one_pool(ranks)
         spread = _SPREAD if same else 3 * _SPREAD
         middle = train_flops(shape, recipe) * rate
         return Speed(
@@ -181,7 +182,7 @@ def speed_of(
     low, high = _table_tflops(device, recipe)
     if high == 0:
         return Speed(low=0.0, high=0.0, source="unknown", watts=watts)
-    share = 1e12 / train_flops(shape, recipe) / (ranks if device.kind == "cpu" else 1)
+    share = 1e12 / train_flops(shape, recipe) / device.ranks_on_one_pool(ranks)
     return Speed(
         low=low * share,
         high=high * share,

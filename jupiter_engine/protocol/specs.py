@@ -332,9 +332,6 @@ class LaunchSpec(Spec, frozen=True, kw_only=True):
     rounds: RoundSpec = RoundSpec()
     """For islands."""
 
-    def most_ranks_of_a_host(self) -> int:
-        return max((host.ranks for host in self.hosts), default=self.ranks)
-
 
 class IslandSpec(Spec, frozen=True, kw_only=True):
     """One group of machines that trains by itself between two merges."""

@@ -39,10 +39,16 @@ from jupiter_engine.planning.plan import TrainingPlan, plan_training
 from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.orders import TrainOrder
 from jupiter_engine.protocol.shapes import Shape, weight_bytes
-from jupiter_engine.training.distributed.hosts import hosts_taking_part, micro_batch_sizes, ranks_asked_for
+from jupiter_engine.training.distributed.hosts import (
+    host_here,
+    hosts_taking_part,
+    micro_batch_sizes,
+    ranks_asked_for,
+)
 from jupiter_engine.training.distributed.supervise import Supervisor
 from jupiter_engine.training.loop import Outcome, Reporter, Training, TrainingData, recipe_sha256
 from jupiter_engine.training.model.presets import preset_shape, write_scratch
+from jupiter_engine.training.model.text import TextCodec
 from jupiter_engine.units import bytes_text
 from jupiter_engine.worker.context import Halt, RunContext
 
@@ -245,7 +251,7 @@ def _start(order: TrainOrder, run_folder: Path) -> tuple[ModelInfo, str, Path]:
     folder = run_folder / "start"
     if not folder.exists():
         # Asked before gigabytes of random weights are made: can this machine hold the run at all?
-        shape = preset_shape(order.recipe.preset)
+        shape = preset_shape(order.recipe.preset, vocab_size=TextCodec(Path(order.tokenizer)).vocab_size)
         _require_room(run_folder, _plan(shape, order), order, start=shape)
         write_scratch(folder, preset=order.recipe.preset, tokenizer=Path(order.tokenizer), seed=order.recipe.seed)
     return verify(folder), folder_sha256(folder), folder
@@ -253,13 +259,27 @@ def _start(order: TrainOrder, run_folder: Path) -> tuple[ModelInfo, str, Path]:
 
 def _plan(shape: Shape, order: TrainOrder) -> TrainingPlan:
     """What a rank of the run takes here."""
-    launch = order.launch
+    launch, host = order.launch, host_here(order.launch)
     kind: DeviceKind = "cpu"
     if launch.twin == "mlx" and sys.platform == "darwin":
         kind = "metal"
     elif launch.twin == "torch" and shutil.which("nvidia-smi"):
         kind = "cuda"
-    return plan_training(shape, order.recipe, launch.ranks, twin=launch.twin, kind=kind, sharding=launch.sharding)
+    return plan_training(
+        shape,
+        order.recipe,
+        launch.ranks,
+        twin=launch.twin,
+        kind=kind,
+        sharding=launch.sharding,
+        micro_batch=host.micro_batch_sequences if host is not None else launch.micro_batch_sequences,
+    )
+
+
+def _ranks_here(order: TrainOrder) -> int:
+    """Ranks on this machine."""
+    host = host_here(order.launch)
+    return host.ranks if host is not None else order.launch.ranks
 
 
 def _require_room(
@@ -272,7 +292,7 @@ def _require_room(
     needed = max(plan.disk - stored, plan.target) + _SPARE_BYTES
     needed += weight_bytes(start, "float32") if start is not None else 0
     require_free(folder, needed, "training (checkpoints and the trained model)")
-    memory, total = plan.host_memory * order.launch.most_ranks_of_a_host(), psutil.virtual_memory().total
+    memory, total = plan.host_memory(_ranks_here(order)), psutil.virtual_memory().total
     if memory > total:
         raise NoUsableNode(
             f"training {plan.parameters / 1e6:.0f}M parameters needs about {bytes_text(memory)} of memory, "
@@ -294,10 +314,10 @@ def _announce(context: RunContext, job: Job) -> None:
         f"{bytes_text(plan.disk)} of disk"
     )
     available = psutil.virtual_memory().available
-    here = job.order.launch.hosts[0].ranks if job.order.launch.hosts else ranks
-    if plan.host_memory * here > available:
+    memory = plan.host_memory(_ranks_here(job.order))
+    if memory > available:
         context.note(
-            f"The plan needs {bytes_text(plan.host_memory * here)} of memory, {bytes_text(available)} are available: "
+            f"The plan needs {bytes_text(memory)} of memory, {bytes_text(available)} are available: "
             "training may be slow or be ended by the system. Lower micro_batch_sequences or choose a smaller model",
             "warning",
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +10,15 @@ from msgspec.structs import replace
 from jupiter_engine.backends.lora import adapter_shapes as real_adapter_shapes
 from jupiter_engine.backends.moments import layout
 from jupiter_engine.planning.memory import (
+    LOSS_CHUNK,
+    DeviceKind,
     adapter_shapes,
     checkpoint_bytes,
     optimizer_state_bytes,
     rank_memory,
 )
 from jupiter_engine.protocol.shapes import PRESETS, parameter_count, tensor_shapes
-from jupiter_engine.protocol.specs import LoraSpec, OptimizerSpec, Recipe
+from jupiter_engine.protocol.specs import LoraSpec, OptimizerSpec, Recipe, Twin
 
 SHAPE = PRESETS["125m"].shape
 RECIPE = Recipe(sequence_tokens=512, batch_sequences=8, micro_batch_sequences=4)
@@ -45,6 +48,29 @@ def test_state_is_16_bytes_a_weight_in_float32_and_18_in_bfloat16() -> None:
         parts = rank_memory(SHAPE, replace(RECIPE, compute_dtype=dtype), twin="torch")
         assert parts.weights + parts.compute_copy + parts.gradients + parts.optimizer == each * n
     assert checkpoint_bytes(SHAPE, RECIPE) == 12 * n
+
+
+def test_the_loss_takes_as_many_targets_at_once_as_the_twins_do() -> None:
+    """Torch 512, MLX 256; on a card torch makes a chunk's softmax while that of the chunk before is still there."""
+    for twin, chunk in LOSS_CHUNK.items():
+        source = Path(f"jupiter_engine/backends/{twin}/train.py").read_text()
+        assert f"\n_LOSS_CHUNK = {chunk}\n" in source
+    long, short = (replace(RECIPE, sequence_tokens=tokens, micro_batch_sequences=1) for tokens in (1024, 512))
+
+    def logits(recipe: Recipe, twin: Twin, device: DeviceKind) -> int:
+        return rank_memory(SHAPE, recipe, twin=twin, device=device).logits
+
+    assert logits(long, "torch", "cpu") == logits(short, "torch", "cuda") == 512 * SHAPE.vocab_size * 10
+    assert logits(long, "torch", "cuda") == 512 * SHAPE.vocab_size * 14
+    assert logits(long, "mlx", "metal") == 256 * SHAPE.vocab_size * 10
+
+
+@pytest.mark.parametrize(("tokens", "mib"), [(128, (3015, 990)), (384, (3167, 1458)), (2048, (4393, 3037))])
+def test_what_was_fitted_on_a_processor_stays_as_it_was_fitted(tokens: int, mib: tuple[int, int]) -> None:
+    """The fit took 256 targets at once for the loss, torch takes up to twice as many."""
+    for update, total in zip(("full", "lora"), mib, strict=True):
+        recipe = replace(RECIPE, sequence_tokens=tokens, micro_batch_sequences=1, update=update)
+        assert rank_memory(SHAPE, recipe, twin="torch").total / 2**20 == pytest.approx(total, abs=1)
 
 
 def test_adapters_take_the_place_of_most_of_the_state() -> None:

@@ -41,9 +41,54 @@ def test_disk_counts_the_checkpoints_that_are_kept_and_the_one_being_written() -
     assert plan.disk == plan.checkpoints + plan.target
 
 
+def test_with_early_stopping_the_best_state_lies_beside_the_newest_ones() -> None:
+    """A best state of each held-out loss may be stored between the regular checkpoints."""
+    rare = replace(RECIPE, steps=30, checkpoint_every_steps=100, keep_checkpoints=2)
+    assert plan_training(SHAPE, rare).checkpoints == plan_training(SHAPE, rare).checkpoint
+    early = replace(rare, early_stop=replace(rare.early_stop, every_steps=5))
+    plan = plan_training(SHAPE, early)
+    assert plan.checkpoints == 4 * plan.checkpoint
+    assert plan_training(SHAPE, replace(early, keep_every_steps=10)).checkpoints == 7 * plan.checkpoint
+
+
 def test_a_card_needs_little_of_its_machines_memory() -> None:
-    assert plan_training(BIG, RECIPE, kind="cuda").host_memory < plan_training(BIG, RECIPE, kind="cuda").memory / 2
-    assert plan_training(BIG, RECIPE).host_memory == plan_training(BIG, RECIPE).memory
+    cuda = plan_training(BIG, RECIPE, 4, kind="cuda")
+    assert cuda.host_memory() < cuda.memory
+    assert cuda.host_memory(4) == 4 * cuda.parameters + cuda.checkpoint + 4 * cuda.parts.runtime
+    cpu = plan_training(BIG, RECIPE, 4)
+    assert cpu.host_memory(4) == 4 * cpu.memory
+
+
+def test_a_machines_own_micro_batch_takes_the_recipes_place() -> None:
+    recipe = replace(RECIPE, batch_sequences=32, micro_batch_sequences=16)
+    shape = PRESETS["350m"].shape
+    pair = (Member(device=mac(128, "big")), Member(device=mac(name="small")))
+    assert [node.fits for node in outlook(asked(shape, *pair, recipe=recipe)).nodes] == [True, False]
+    own = outlook(asked(shape, pair[0], replace(pair[1], micro_batch=1), recipe=recipe))
+    assert [node.fits for node in own.nodes] == [True, True]
+    assert [node.micro_batch for node in own.nodes] == [16, 1]
+    assert own.fits is True
+    more = outlook(asked(shape, replace(pair[0], micro_batch=64), pair[1], recipe=recipe))
+    assert more.nodes[0].micro_batch == 16  # no more than an equal share of the batch
+    assert plan_training(shape, recipe, 2, micro_batch=1).memory < plan_training(shape, recipe, 2).memory
+
+
+def test_a_machine_that_allows_nothing_is_refused_in_words() -> None:
+    answer = outlook(asked(SHAPE, Member(device=replace(mac(), allowed=0))))
+    assert answer.fits is False
+    assert "allows 0" in answer.refusal
+    assert answer.nearest is None
+
+
+def test_a_second_copy_of_the_state_needs_room_but_on_cards() -> None:
+    def warned(device: Device) -> bool:
+        needed = outlook(asked(SHAPE, Member(device=device))).nodes[0].needed
+        answer = outlook(asked(SHAPE, Member(device=replace(device, allowed=needed + 1))))
+        assert answer.fits is True
+        return any("second copy" in text for text in answer.warnings)
+
+    assert warned(mac())
+    assert not warned(card())
 
 
 # -- fits or not ---------------------------------------------------------------------------------------
@@ -129,6 +174,14 @@ def test_ranks_of_one_machine_share_its_memory_and_cards_do_not() -> None:
     )
     node = outlook(asked(SHAPE, Member(device=cards, ranks=2))).nodes[0]
     assert node.needed == node.memory.total
+
+
+def test_ranks_on_one_gpu_are_no_faster_than_one() -> None:
+    for device in (mac(), card()):
+        one, two = (outlook(asked(SHAPE, Member(device=device, ranks=ranks))).nodes[0].speed for ranks in (1, 2))
+        assert two.middle == pytest.approx(one.middle)
+    two = outlook(asked(SHAPE, Member(device=replace(card(), cards=2), ranks=2))).nodes[0].speed
+    assert two.middle == pytest.approx(2 * outlook(asked(SHAPE, Member(device=card()))).nodes[0].speed.middle)
 
 
 # -- time, energy, loss ----------------------------------------------------------------------------------

@@ -84,9 +84,20 @@ def test_measurements_of_other_devices_or_precisions_do_not_count(other: Calibra
     assert speed_of(CPU, BIG, RECIPE, calibrations=(other,)).source == "table"
 
 
-def test_ranks_share_a_processors_cores() -> None:
-    one, two = (speed_of(CPU, BIG, RECIPE, ranks=ranks) for ranks in (1, 2))
-    assert two.middle == pytest.approx(one.middle / 2)
+@pytest.mark.parametrize(
+    ("shared", "part"),
+    [
+        (CPU, 2),
+        (device("Apple M4"), 2),
+        (device("NVIDIA GeForce RTX 4090", "cuda"), 2),
+        (device("NVIDIA GeForce RTX 4090", "cuda", cards=2), 1),
+    ],
+)
+def test_ranks_share_a_processor_a_gpu_or_a_card(shared: Device, part: int) -> None:
+    measured = replace(CALIBRATED, device=shared.name, kind=shared.kind, twin=shared.twin)
+    for calibrations in ((), (measured,)):
+        one, two = (speed_of(shared, BIG, RECIPE, ranks=ranks, calibrations=calibrations) for ranks in (1, 2))
+        assert two.middle == pytest.approx(one.middle / part)
 
 
 def test_a_ring_moves_twice_the_gradient_but_for_its_own_part() -> None:

@@ -17,7 +17,7 @@ from jupiter_engine.protocol.shapes import flops_per_token
 from jupiter_engine.protocol.specs import HostSpec, LaunchSpec
 from jupiter_engine.settings.cluster import launch_spec, load_cluster
 from jupiter_engine.training.balance import Balance
-from jupiter_engine.training.distributed.hosts import HOSTS_VARIABLE, hosts_taking_part, micro_batch_sizes
+from jupiter_engine.training.distributed.hosts import HOSTS_VARIABLE, host_here, hosts_taking_part, micro_batch_sizes
 from jupiter_engine.training.loop import Batch, PeerFailed
 from jupiter_engine.training.reading import BatchReader
 from jupiter_engine.training.step import GroupStep, StepDone
@@ -232,13 +232,43 @@ def host(name: str, ranks: int, micro: int = 0) -> HostSpec:
 
 def test_micro_batches_follow_the_hosts_that_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = LaunchSpec(twin="torch", ranks=4, hosts=(host("a", 1), host("b", 2, 3), host("c", 1, 5)))
-    wanted = recipe(micro_batch_sequences=8)
+    wanted = recipe(micro_batch_sequences=8, batch_sequences=32)
     assert micro_batch_sizes(launch, wanted, 4, ()) == [8, 3, 3, 5]
     monkeypatch.setenv(HOSTS_VARIABLE, "a,c")
     assert micro_batch_sizes(launch, wanted, 2, hosts_taking_part()) == [8, 5]
     assert micro_batch_sizes(LaunchSpec(twin="torch", ranks=3), wanted, 3, ()) == [8, 8, 8]
     with pytest.raises(StateError, match="3 ranks take part, their hosts should have 2"):
         micro_batch_sizes(launch, wanted, 3, hosts_taking_part())
+
+
+def test_a_process_knows_its_host_by_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = LaunchSpec(twin="torch", ranks=4, hosts=(host("a", 1), host("b", 2, 3), host("c", 1, 5)))
+    assert host_here(LaunchSpec(twin="torch")) is None
+    assert host_here(launch) == launch.hosts[0]
+    monkeypatch.setenv(HOSTS_VARIABLE, "a,b,c")
+    for variable in ("RANK", "MLX_RANK"):
+        found = []
+        for rank in range(4):
+            monkeypatch.setenv(variable, str(rank))
+            found.append(host_here(launch))
+        assert [one.name for one in found if one is not None] == ["a", "b", "b", "c"]
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv(HOSTS_VARIABLE, "a,c")
+    monkeypatch.setenv("RANK", "1")
+    assert host_here(launch) == launch.hosts[2]
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(StateError, match="have 2 ranks"):
+        host_here(launch)
+
+
+def test_a_rank_that_is_given_more_rows_computes_no_more_at_once_than_an_equal_share() -> None:
+    launch = LaunchSpec(twin="torch", ranks=2)
+    sizes = micro_batch_sizes(launch, recipe(micro_batch_sequences=8, batch_sequences=8), 2, ())
+    balance = Balance(sizes)
+    for _ in range(3):
+        balance.observe((1.0, 4.0), balance.counts(8))
+    assert balance.counts(8) == (7, 1)
+    assert [len(part) for part in balance.parts(np.arange(8), 0)] == [4, 3]
 
 
 @pytest.mark.parametrize(("own", "batches"), [(0, [4, 4]), (3, [3, 3, 2])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,12 +20,16 @@ import pytest
 
 from jupiter_engine.checkpoints.model_folder import folder_sha256, verify
 from jupiter_engine.checkpoints.store import CheckpointStore
-from jupiter_engine.errors import ConfigError, JupiterError, ModelInvalid, StateError
+from jupiter_engine.errors import ConfigError, JupiterError, ModelInvalid, NoUsableNode, StateError
+from jupiter_engine.planning.plan import plan_training
 from jupiter_engine.protocol.orders import TrainOrder
-from jupiter_engine.protocol.specs import LaunchSpec, Recipe, Twin
+from jupiter_engine.protocol.shapes import PRESETS, parameter_count
+from jupiter_engine.protocol.specs import HostSpec, LaunchSpec, Recipe, Twin
 from jupiter_engine.training.distributed import reports
+from jupiter_engine.training.distributed.hosts import HOSTS_VARIABLE
+from jupiter_engine.training.model.text import TextCodec
 from jupiter_engine.worker.context import Halt, RunContext
-from jupiter_engine.worker.train import check, rewind_metrics
+from jupiter_engine.worker.train import _plan, _require_room, check, rewind_metrics
 from jupiter_engine.worker.train import run as run_stage
 from tests.training.nano import INFO, Run, data, make_run, recipe, write_snapshot
 
@@ -126,6 +132,59 @@ def test_from_scratch_makes_the_presets_shape_with_the_tokenizers_vocabulary(tmp
     made = verify(Path(order.target))
     assert (made.layers, made.hidden_size, made.vocab_size % 64) == (4, 128, 0)
     assert base.metrics()[0].loss == pytest.approx(np.log(made.vocab_size), abs=0.3)
+
+
+def test_room_is_asked_for_by_the_tokenizers_own_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_run(tmp_path, recipe(), ONE["torch"], name="other").order.start
+    assert model is not None
+    base = make_run(tmp_path, recipe(steps=2, preset="1b", start="scratch"), ONE["torch"])
+    order = msgspec.structs.replace(base.order, start=None, tokenizer=model.folder)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1 << 30, available=1 << 30))
+    own = -(-TextCodec(Path(model.folder)).vocab_size // 64) * 64
+    shape = msgspec.structs.replace(PRESETS["1b"].shape, vocab_size=own)
+    assert own < PRESETS["1b"].shape.vocab_size
+    with pytest.raises(NoUsableNode, match=f"training {parameter_count(shape) / 1e6:.0f}M parameters"):
+        check(order, base.folder)
+    assert not (base.folder / "start").exists()
+
+
+def test_a_machine_with_cards_needs_memory_for_the_first_ranks_weights_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A billion weights and their moments are 16 GB; each further rank brings its runtime alone."""
+    launch = LaunchSpec(twin="torch", ranks=8, launcher="torchrun")
+    order = msgspec.structs.replace(make_run(tmp_path, recipe(), launch).order, launch=launch)
+    shape = PRESETS["1b"].shape
+    plan = plan_training(shape, order.recipe, 8, kind="cuda")
+    monkeypatch.setattr("jupiter_engine.worker.train.require_free", lambda *_: None)
+    for total, fits in ((24 << 30, True), (16 << 30, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        with contextlib.nullcontext() if fits else pytest.raises(NoUsableNode):
+            _require_room(tmp_path, plan, order)
+
+
+def test_a_machine_in_a_group_is_judged_by_its_own_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def host(name: str, micro: int) -> HostSpec:
+        return HostSpec(
+            name=name,
+            ssh=name,
+            ranks=1,
+            runner=("", ""),
+            python="",
+            run_folder="",
+            addresses=(),
+            micro_batch_sequences=micro,
+        )
+
+    launch = LaunchSpec(twin="torch", ranks=2, launcher="torchrun", hosts=(host("small", 1), host("big", 0)))
+    order = msgspec.structs.replace(make_run(tmp_path, recipe(), launch).order, launch=launch)
+    shape = PRESETS["125m"].shape
+    assert _plan(shape, order).parts.activations * 4 == pytest.approx(
+        plan_training(shape, order.recipe, 2).parts.activations, rel=0.01
+    )
+    monkeypatch.setenv(HOSTS_VARIABLE, "small,big")
+    monkeypatch.setenv("RANK", "1")
+    assert _plan(shape, order).memory == plan_training(shape, order.recipe, 2).memory
 
 
 def test_metrics_are_rewound_in_place(tmp_path: Path) -> None:

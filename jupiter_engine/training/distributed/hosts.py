@@ -20,6 +20,7 @@ import msgspec
 
 from jupiter_engine.errors import StateError
 from jupiter_engine.files import whole_lines, write_json
+from jupiter_engine.planning.memory import rows_at_once
 from jupiter_engine.protocol.specs import HostSpec, LaunchSpec, Recipe
 
 BACKEND_VARIABLE = "JUPITER_BACKEND"
@@ -163,17 +164,36 @@ def hosts_taking_part() -> tuple[str, ...]:
     return tuple(name for name in os.environ.get(HOSTS_VARIABLE, "").split(",") if name)
 
 
+def host_here(launch: LaunchSpec) -> HostSpec | None:
+    """The host of the launch that this process is on: its rank's in a group, else the leading one; None: it has none.
+
+    StateError for a rank that no host has.
+    """
+    present = hosts_taking_part()
+    if not present:
+        return launch.hosts[0] if launch.hosts else None
+    left = rank = int(os.environ.get("RANK", os.environ.get("MLX_RANK", "0")))
+    hosts = [host for host in launch.hosts if host.name in present]
+    for host in hosts:
+        if left < host.ranks:
+            return host
+        left -= host.ranks
+    raise StateError(f"this is rank {rank}, the hosts that take part have {rank - left} ranks")
+
+
 def micro_batch_sizes(launch: LaunchSpec, recipe: Recipe, ranks: int, present: Sequence[str]) -> list[int]:
     """Rows that each of `ranks` ranks computes at once: its host's (or launch's) number where it has one,
     else the recipe's.
 
+    At most an equal share of the batch, as the planner reckons: ranks that are given more rows than that later on
+    compute them one micro-batch after another.
     `present`: names of the hosts that take part (see `hosts_taking_part`), none: all of the launch. StateError if they
     do not make up `ranks`.
     """
     hosts = [host for host in launch.hosts if not present or host.name in present]
     if not hosts:
-        return [launch.micro_batch_sequences or recipe.micro_batch_sequences] * ranks
-    sizes = [host.micro_batch_sequences or recipe.micro_batch_sequences for host in hosts for _ in range(host.ranks)]
+        return [rows_at_once(recipe, ranks, launch.micro_batch_sequences)] * ranks
+    sizes = [rows_at_once(recipe, ranks, host.micro_batch_sequences) for host in hosts for _ in range(host.ranks)]
     if len(sizes) != ranks:
         raise StateError(f"{ranks} ranks take part, their hosts should have {len(sizes)}")
     return sizes
