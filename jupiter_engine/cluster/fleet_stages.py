@@ -256,11 +256,12 @@ class _Preparation:
                 await runner.connection.run(["rm", "-rf", f"{run}/checkpoints"])
 
     async def _clear_islands(self) -> None:
-        hub, name = self._placement.nodes[0].title(), self._folder.name
+        name = self._folder.name
         of = {node: island.name for island in self._placement.islands for node in island.names()}
         for node in self._placement.nodes:
             title = node.title()
-            big = [f"{name}/{one}" for one in ("copies", "state", "exchange") if title == hub or one == "copies"]
+            # Any of them may have been the hub before another one took over.
+            big = [f"{name}/{one}" for one in ("copies", "state", "exchange")]
             if title in of:
                 big += [f"{name}.{of[title]}/{one}" for one in ("checkpoints", "exchange")]
             # As above: what stays costs only room.

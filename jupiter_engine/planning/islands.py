@@ -42,11 +42,10 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
 def loss_penalty(parameters: float, islands: int) -> float:
     """Expected rise of the loss against one group at equal tokens, as a share (0.002 = 0.2 %); negative: better.
 
+    The hub takes an outer step for one island, too, so that has a measured row as well.
     Interpolated in the logarithm of the model's size, and of the number of islands between measured ones;
     outside the measured sizes the nearest measured one counts, above 8 islands the last slope goes on.
     """
-    if islands <= 1:
-        return 0.0  # one island is an ordinary run here: no outer step is taken
     known = sorted(_PENALTY)
     if islands in _PENALTY:
         return _at_size(parameters, islands)

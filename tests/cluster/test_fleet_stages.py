@@ -170,7 +170,10 @@ async def test_what_was_exchanged_is_cleared_when_the_model_is_home(tmp_path: Pa
     assert cleared == (
         "rm",
         "-rf",
+        # Of a hub that was there before.
         f"{runs}/{RUN}/copies",
+        f"{runs}/{RUN}/state",
+        f"{runs}/{RUN}/exchange",
         f"{runs}/{RUN}.macs/checkpoints",
         f"{runs}/{RUN}.macs/exchange",
     )

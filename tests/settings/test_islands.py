@@ -126,3 +126,20 @@ def test_torchs_compiler_is_no_help_to_mlx(tmp_path: Path) -> None:
     file.write_text(f"{NODES}launch: {{compile: on}}\n")
     (warning,) = load_cluster(file).warnings
     assert "`launch.compile` has no effect" in warning
+
+
+def test_the_example_of_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    example = text.partition("# config/cluster.yaml\n")[2].partition("```")[0]
+    assert "islands:" in example
+    nodes = """\
+nodes:
+  - {host: m1, device_type: mac, role: trainer}
+  - {host: m2, device_type: mac, role: trainer}
+  - {host: box, device_type: nvidia, role: trainer}
+  - {host: tower, device_type: nvidia, role: trainer}
+groups: [{name: macs, nodes: [m1, m2]}, {name: cards, nodes: [box, tower]}]
+"""
+    cluster = load(tmp_path, nodes + example)
+    assert hub_node(cluster).title() == "box"
+    assert [group.name for group in islands(cluster)] == ["macs", "cards"]
