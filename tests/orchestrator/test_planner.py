@@ -12,14 +12,13 @@ from jupiter_engine.orchestrator.planner import distinct_tokens, members_of
 from jupiter_engine.planning.plan import Question, outlook
 from jupiter_engine.protocol.shapes import PRESETS
 from jupiter_engine.protocol.specs import Recipe
-from jupiter_engine.protocol.state import CycleState, StageState, State
+from jupiter_engine.protocol.state import CycleState, StageState, StageStatus, State
 from jupiter_engine.settings.cluster import ClusterSettings
 
+BIG = {"name": "big", "host": "10.0.0.1", "device_type": "mac", "memory_gb": 128, "chip": "M4 Max"}
+SMALL = {"name": "small", "host": "10.0.0.2", "device_type": "mac", "memory_gb": 16, "chip": "M4"}
 MACS = {
-    "nodes": [
-        {"name": "big", "host": "10.0.0.1", "device_type": "mac", "memory_gb": 128, "chip": "M4 Max"},
-        {"name": "small", "host": "10.0.0.2", "device_type": "mac", "memory_gb": 16, "chip": "M4"},
-    ],
+    "nodes": [BIG, SMALL],
     "groups": [{"name": "g", "nodes": ["big", "small"]}],
     "launch": {"group": "g"},
 }
@@ -38,6 +37,12 @@ def asked(root: Path, cluster: object, recipe: Recipe = RECIPE) -> Question:
 
 def state(queue: dict[str, Any]) -> State:
     """A workspace whose newest cycle of domain `d` sealed training data with this result."""
+    told: tuple[tuple[str, str, StageStatus, dict[str, Any]], ...] = (
+        ("c1", "d", "done", {"distinct_tokens": 5, "epochs": {"domain": 9.0}}),
+        ("c2", "d", "done", queue),
+        ("c3", "d", "pending", {}),
+        ("c4", "other", "done", {"distinct_tokens": 7, "epochs": {"domain": 9.0}}),
+    )
     cycles = {
         name: CycleState(
             id=name,
@@ -50,19 +55,14 @@ def state(queue: dict[str, Any]) -> State:
             by="me",
             stages={"queue": StageState(stage="queue", status=status, result=result)},
         )
-        for name, domain, status, result in (
-            ("c1", "d", "done", {"distinct_tokens": 5, "epochs": {"domain": 9.0}}),
-            ("c2", "d", "done", queue),
-            ("c3", "d", "pending", {}),
-            ("c4", "other", "done", {"distinct_tokens": 7, "epochs": {"domain": 9.0}}),
-        )
+        for name, domain, status, result in told
     }
     return State(cycles=cycles)
 
 
 def test_a_machines_own_micro_batch_decides_whether_the_plan_fits(tmp_path: Path) -> None:
     assert outlook(asked(tmp_path, MACS), compare=False).fits is False
-    nodes = [MACS["nodes"][0], {**MACS["nodes"][1], "micro_batch_sequences": 1}]  # type: ignore[dict-item]
+    nodes = [BIG, {**SMALL, "micro_batch_sequences": 1}]
     answer = outlook(asked(tmp_path, {**MACS, "nodes": nodes}), compare=False)
     assert [node.micro_batch for node in answer.nodes] == [16, 1]
     assert answer.fits is True
