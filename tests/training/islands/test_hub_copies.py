@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,6 +189,19 @@ def test_a_copy_that_finds_no_room_says_so_and_leaves_the_former_one(
     assert "2048 KiB are free" in copies.problem
     assert [path.name for path in (second / "copies").iterdir()] == [before.name]
     ledger.close()
+
+
+def test_no_copy_is_made_where_the_hub_would_lack_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    hub(first, values=1 << 18).close()
+    # One round is two files of 1 MiB.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4 << 20))
+    copies = copied(first, second)
+    assert copies.copied == 0
+    assert "while a round of it is copied" in copies.problem
+    assert not (first / ".copy").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 << 20))
+    assert copied(first, second).copied == 1
 
 
 def test_what_is_taken_over_is_on_the_disk_before_the_copy_counts_no_more(

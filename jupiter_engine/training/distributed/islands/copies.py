@@ -27,7 +27,7 @@ import msgspec
 
 from jupiter_engine.checkpoints.tensors import FileRecord
 from jupiter_engine.errors import JupiterError, StateError
-from jupiter_engine.files import sha256_file, sync_file, sync_folder
+from jupiter_engine.files import require_free, sha256_file, sync_file, sync_folder
 from jupiter_engine.training.distributed.islands.ledger import Ledger, Round, minutes
 from jupiter_engine.training.distributed.islands.starting import Machine
 from jupiter_engine.units import plain_text
@@ -123,6 +123,9 @@ class HubCopies:
             current, fence = _position(snapshot / LEDGER)
             if current is None:
                 raise StateError("there is no round yet")
+            # While this round is kept for the copy, the hub writes the next one and begins the one after it.
+            kept = sum(record.bytes for record in _files(self.folder, current).values())
+            require_free(self.folder, 2 * kept, "the hub, while a round of it is copied to another machine,")
             _link(self.folder, snapshot, current)
             name = f"{fence:08d}.{current.number:08d}"
             self._send(snapshot, current, name)
