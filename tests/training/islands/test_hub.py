@@ -323,7 +323,7 @@ def test_a_hub_that_slept_through_a_takeover_changes_nothing_any_more(
     start: Callable[..., Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_LEAD_S", 0.4)
-    monkeypatch.setattr(module._Lead, "_work", lambda _: None)
+    monkeypatch.setattr(module.Lead, "_work", lambda _: None)
     old = start("a", owner="old")
     island = Made(tmp_path, "a")
     plan = island.plan()
@@ -380,6 +380,52 @@ def test_the_trouble_of_a_line_is_told_once(start: Callable[..., Running], tmp_p
     told = [note for note in running.listener.notes if "island a" in note or "Island a" in note]
     trouble = "Nothing can be carried to or from island a: no route"
     assert told == [trouble, "Island a is reached again", trouble]
+
+
+def test_what_only_the_dead_hold_goes_to_the_living(
+    start: Callable[..., Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ALIVE_S", 1.0)
+    first = start("b", owner="hub")
+    dead = Made(tmp_path, "b")
+    plan = dead.plan()
+    assert plan.leases["b"].blocks == ((0, 12),)
+    first.stop()
+    second = start("a", "b", round_s=0.5, grace_s=0.5, quorum=1)
+    island = Made(tmp_path, "a")
+    anew = island.plan()
+    assert (anew.round, anew.leases["a"].blocks) == (1, ((0, 12),))
+    assert "Round 1: nothing is heard of b; others get its data" in second.listener.notes
+    # It was not dead after all.
+    dead.contribute(plan, 3)
+    wait_for(lambda: verdict(tmp_path, 1, "b", 1) == "refused")
+    island.finish(second)
+    assert second.finished()
+    audit(tmp_path)
+
+
+def test_an_island_behind_a_slow_line_is_waited_for_from_the_next_round_on(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    running = start("a", "b", round_s=4.0, grace_s=0.2, quorum=1, outer_momentum=0.0, clip_norm_factor=100.0)
+    a, b = Made(tmp_path, "a"), Made(tmp_path, "b")
+    plan_a, plan_b = a.plan(), b.plan()
+    a.contribute(plan_a, 1)
+    wait_for(lambda: b.beat() or verdict(tmp_path, 1, "a", 1) == "merged")
+    b.contribute(plan_b, 1)
+    wait_for(lambda: verdict(tmp_path, 1, "b", 1) == "stale")
+    plan_a, plan_b = a.plan(2), b.plan(2)
+    began = time.monotonic()
+    a.contribute(plan_a, 1)
+    while time.monotonic() - began < 5.0:
+        b.beat()
+        time.sleep(0.1)
+    # Longer than a round and its grace.
+    assert verdict(tmp_path, 2, "a", 1) == "held"
+    b.contribute(plan_b, 1)
+    b.plan(3)
+    assert verdict(tmp_path, 2, "b", 1) == "merged"
+    running.stop()
 
 
 def test_two_hubs_do_not_lead_at_once(start: Callable[..., Running], tmp_path: Path) -> None:

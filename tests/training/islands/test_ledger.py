@@ -166,6 +166,19 @@ class Bookkeeping(RuleBasedStateMachine):
     def lease_of(self, offer: Offer) -> Lease:
         return next(lease for lease in self.ledger.leases(self.round) if lease.lease == offer.lease)
 
+    @rule(dies=st.booleans())
+    def what_is_lent_is_taken_back(self, dies: bool) -> None:
+        self.ledger.dying = dies
+        try:
+            self.ledger.take_back(self.fence, self.round)
+        except Killed:
+            return
+        finally:
+            self.ledger.dying = False
+        assert self.ledger.totals().lent == 0
+        assert self.ledger.held(self.round) == []
+        self.leases = [lease for lease in self.leases if lease.round != self.round]
+
     @rule()
     def hub_is_killed_and_another_takes_over(self) -> None:
         self.ledger.close()

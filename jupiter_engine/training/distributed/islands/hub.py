@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,8 @@ from jupiter_engine.protocol.facts import Metric
 from jupiter_engine.protocol.specs import RoundSpec
 from jupiter_engine.training.distributed.islands import exchange, outer
 from jupiter_engine.training.distributed.islands.carrier import Carrier, Local
-from jupiter_engine.training.distributed.islands.ledger import Deposed, Ledger, Offer, Round, RoundFiles
+from jupiter_engine.training.distributed.islands.lead import Lead
+from jupiter_engine.training.distributed.islands.ledger import Ledger, Offer, Round, RoundFiles
 from jupiter_engine.training.distributed.islands.payload import (
     Payload,
     Shapes,
@@ -50,6 +50,8 @@ _AHEAD = 1.5
 """A lease holds so many times the blocks that the island is expected to use before it hears of the hub again."""
 _PATIENCE_S = 10.0
 _ALIVE_S = 30.0
+_LATE_MORE_S = 5.0
+"""An island that was late is waited for so much longer than it needed."""
 _SPARE_BYTES = 256 << 20
 
 
@@ -92,6 +94,8 @@ class _Seen:
     """time.monotonic() of the last sign of life."""
     rate: float = 0.0
     """Blocks a second in the last round that it contributed to; 0: not known yet."""
+    late_s: float = 0.0
+    """So much longer than a round and its grace its contributions need to arrive: a slow line."""
 
 
 @dataclass(slots=True)
@@ -134,7 +138,7 @@ class Hub:
         self.ledger = Ledger(folder / "rounds.db")
         self.ledger.create(run.identity, run.tokens)
         self.fence = self.ledger.take_lead(owner, _LEAD_S, gone)
-        self._lead = _Lead(folder / "rounds.db", self.fence)
+        self._lead = Lead(folder / "rounds.db", self.fence, _LEAD_S)
         self._carriers: dict[str, Carrier] = {
             island: (carriers or {}).get(island) or Local(self.exchange, island) for island in run.islands
         }
@@ -265,6 +269,8 @@ class Hub:
             if offers and self._ready(state, offers):
                 self._merge(state, offers)
                 return True
+            if not offers:
+                self._lend_anew(state)
             time.sleep(_POLL_S)
         return False
 
@@ -307,7 +313,8 @@ class Hub:
 
     def _alive(self, island: str) -> bool:
         limit = max(_ALIVE_S, self._run.spec.round_s + self._run.spec.grace_s)
-        return time.monotonic() - self._seen[island].at < limit
+        # A slow line carries no signs of life while it carries a contribution.
+        return time.monotonic() - self._seen[island].at < limit + self._seen[island].late_s
 
     def _lend(self, state: _Gathering) -> None:
         """Give every island that is there and has no lease one, and publish the plan where it has changed."""
@@ -348,6 +355,20 @@ class Hub:
         if plan != state.plan:
             state.plan = plan
             write_json(exchange.round_folder(self.exchange, number) / exchange.PLAN, plan)
+
+    def _lend_anew(self, state: _Gathering) -> None:
+        """When all that is left is lent to islands that are gone, and one that is there has nothing to do: what was
+        lent goes to the living."""
+        spec, number = self._run.spec, state.round.number
+        if time.monotonic() - state.began < spec.round_s + spec.grace_s or self.ledger.totals().free:
+            return
+        holding = {lease.island for lease in self.ledger.leases(number)}
+        living = {island for island in self._run.islands if self._alive(island)}
+        if holding and living and not holding & living:
+            self.ledger.take_back(self.fence, number)
+            state.began = time.monotonic()
+            gone = ", ".join(sorted(holding))
+            self._listener.note(f"Round {number}: nothing is heard of {gone}; others get its data", "warning")
 
     def _shares(self, leases: Mapping[str, object]) -> dict[str, float]:
         """Expected part of each island in a round, by its speed where that is known. An island that is not there has
@@ -391,7 +412,7 @@ class Hub:
                     state.looked.add(key)
                     self._enter(state, key, path)
                 elif number < state.round.number and island in self._seen:
-                    self._enter_late(path)
+                    self._enter_late(state.round.number, path)
 
     def _enter(self, state: _Gathering, key: tuple[str, int], path: Path) -> None:
         island, attempt = key
@@ -449,11 +470,16 @@ class Hub:
                 found.append(offer)
         return found
 
-    def _enter_late(self, path: Path) -> None:
+    def _enter_late(self, number: int, path: Path) -> None:
+        """`number`: of the open round."""
         up = exchange.read(path, exchange.Up)
         if up is None or (up.offer.round, up.offer.island, up.offer.attempt) in self.ledger.verdicts():
             return
         if self.ledger.record(self.fence, up.offer) == "stale":
+            if up.offer.round == number - 1:
+                seen = self._seen[up.offer.island]
+                late = seen.late_s + time.monotonic() - self._merged_at + _LATE_MORE_S
+                seen.late_s = min(late, self._run.spec.round_s)
             self._listener.note(
                 f"{up.offer.island} was late for round {up.offer.round}; its data went back to the queue", "warning"
             )
@@ -466,8 +492,10 @@ class Hub:
         if not self.ledger.totals().free:
             # The last blocks may go to fewer islands than the quorum asks for.
             quorum = min(quorum, len(leases))
-        elapsed = time.monotonic() - state.began
-        over = elapsed >= spec.round_s + spec.grace_s
+        given = {offer.island for offer in offers}
+        missing = [lease.island for lease in leases if lease.island not in given and self._alive(lease.island)]
+        late_s = max((self._seen[island].late_s for island in missing), default=0.0)
+        over = time.monotonic() - state.began >= spec.round_s + spec.grace_s + late_s
         if len(offers) < quorum:
             if over and not state.named:
                 state.named = True
@@ -475,10 +503,8 @@ class Hub:
                     f"Round {number}: {len(offers)} of at least {quorum} contributions are there", "warning"
                 )
             return False
-        given = {offer.island for offer in offers}
-        missing = [lease.island for lease in leases if lease.island not in given]
         # Whoever is there may yet be given blocks that nobody has.
-        return over or not any(self._alive(island) for island in missing)
+        return over or not missing
 
     # -- the merge -------------------------------------------------------------------------------
     def _merge(self, state: _Gathering, offers: Sequence[Offer]) -> None:
@@ -578,32 +604,3 @@ class Hub:
                 raise StateError(f"what {offer.island} told about round {offer.round} is gone", fix="start again")
             state.ups[key] = up
         return state.ups[key]
-
-
-class _Lead:
-    """Renews the lead beside whatever takes long."""
-
-    def __init__(self, path: Path, fence: int) -> None:
-        self._path, self._fence = path, fence
-        self._stop = threading.Event()
-        self._deposed: Deposed | None = None
-        self._thread = threading.Thread(target=self._work, name="lead", daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        ledger = Ledger(self._path)
-        try:
-            while not self._stop.wait(_LEAD_S / 4):
-                ledger.renew(self._fence, _LEAD_S)
-        except Deposed as error:
-            self._deposed = error
-        finally:
-            ledger.close()
-
-    def check(self) -> None:
-        if self._deposed is not None:
-            raise self._deposed
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10.0)

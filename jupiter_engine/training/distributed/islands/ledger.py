@@ -295,6 +295,20 @@ class Ledger:
         assert made is not None
         return self._lease(made)
 
+    def take_back(self, fence: int, number: int) -> None:
+        """Make all that is lent for the open round free again, so that it can be lent anew within the round. What an
+        island still contributes by its former lease is not taken."""
+        with self._writing(fence) as db:
+            self._must_be_open(number)
+            db.execute("UPDATE blocks SET lease = NULL WHERE lease IS NOT NULL")
+            db.execute(
+                "UPDATE contributions SET verdict = 'stale', reason = 'its lease was taken back' "
+                "WHERE round = ? AND verdict = 'held'",
+                (number,),
+            )
+            # Their numbers are never given again.
+            db.execute("DELETE FROM leases WHERE round = ?", (number,))
+
     def leases(self, number: int) -> list[Lease]:
         """The open leases of a round."""
         rows = self._db.execute("SELECT lease FROM leases WHERE round = ? AND open = 1 ORDER BY lease", (number,))
