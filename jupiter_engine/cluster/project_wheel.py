@@ -23,7 +23,7 @@ def project_wheel(folder: Path) -> LocalFile:
     data = pack(package())
     sha256 = hashlib.sha256(data).hexdigest()
     path = folder / sha256
-    if not path.is_file() or path.stat().st_size != len(data):
+    if not path.is_file() or path.read_bytes() != data:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)
     return LocalFile(str(path), sha256, len(data), executable=False)
