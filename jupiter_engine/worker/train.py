@@ -7,6 +7,7 @@ Either way every step, checkpoint and the published model come from `train_here`
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import shutil
@@ -33,7 +34,7 @@ from jupiter_engine.checkpoints.state import TrainerState
 from jupiter_engine.checkpoints.store import Checkpoint, CheckpointStore, Identity, World
 from jupiter_engine.data.queue.snapshot import Snapshot, read_snapshot
 from jupiter_engine.errors import ConfigError, ModelInvalid, NoUsableNode, StateError
-from jupiter_engine.files import read_json, require_free, sha256_file, write_json
+from jupiter_engine.files import read_json, require_free, sha256_file, write_atomic, write_json
 from jupiter_engine.planning.memory import DeviceKind
 from jupiter_engine.planning.plan import TrainingPlan, plan_training
 from jupiter_engine.protocol.facts import Metric
@@ -53,6 +54,8 @@ from jupiter_engine.units import bytes_text
 from jupiter_engine.worker.context import Halt, RunContext
 
 _SPARE_BYTES = 256 << 20
+_ALL_STEPS = "trained-metrics.jsonl"
+"""Every step of a finished training, as in metrics.jsonl; written before trained.json."""
 
 
 class RunReporter(Reporter, Protocol):
@@ -91,7 +94,11 @@ class Ending:
 def run(context: RunContext, order: TrainOrder) -> None:
     done = finished_before(context.folder, order)
     if done is not None:
-        # An attempt killed while it tidied up.
+        # An attempt killed while it tidied up, or a group that finished after its supervisor was killed: nobody has
+        # carried over the steps that its ranks did alone.
+        kept = context.folder / _ALL_STEPS
+        if kept.exists():
+            rewind_metrics(context.folder / "metrics.jsonl", kept.read_bytes())
         shutil.rmtree(checkpoint_folder(context.folder), ignore_errors=True)
         context.finish(done)
         return
@@ -249,11 +256,14 @@ def _start(order: TrainOrder, run_folder: Path) -> tuple[ModelInfo, str, Path]:
             fix="set recipe.preset, or train from an existing model",
         )
     folder = run_folder / "start"
-    if not folder.exists():
-        # Asked before gigabytes of random weights are made: can this machine hold the run at all?
-        shape = preset_shape(order.recipe.preset, vocab_size=TextCodec(Path(order.tokenizer)).vocab_size)
-        _require_room(run_folder, _plan(shape, order), order, start=shape)
-        write_scratch(folder, preset=order.recipe.preset, tokenizer=Path(order.tokenizer), seed=order.recipe.seed)
+    with (run_folder / "start.lock").open("w") as lock:
+        # Several ranks of one machine come here at the same time where no worker was before them.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            # Asked before gigabytes of random weights are made: can this machine hold the run at all?
+            shape = preset_shape(order.recipe.preset, vocab_size=TextCodec(Path(order.tokenizer)).vocab_size)
+            _require_room(run_folder, _plan(shape, order), order, start=shape)
+            write_scratch(folder, preset=order.recipe.preset, tokenizer=Path(order.tokenizer), seed=order.recipe.seed)
     return verify(folder), folder_sha256(folder), folder
 
 
@@ -371,6 +381,7 @@ def train_here(job: Job, reporter: RunReporter, *, joined: bool = False) -> Endi
         copy_text_files(job.start_folder, folder)
         verify(folder)
     result = _result(order, outcome)
+    write_atomic(job.folder / _ALL_STEPS, training.metrics)
     write_json(job.folder / "trained.json", Trained(result=result))
     store.clear()
     return Ending(result=result, leave=training.close)
