@@ -28,7 +28,9 @@ from jupiter_engine.protocol.shapes import Shape
 from jupiter_engine.protocol.specs import LoraSpec, OptimizerSpec, Recipe
 
 ROOT = Path(__file__).parents[2]
-MOST_OVER = {"torch": 1.45, "mlx": 1.25}
+MOST_OVER = {"torch": 1.45, "mlx": 1.4}
+MOST_OVER_ADAPTERS = 2.5
+"""With adapters torch's heap leaves holes that differ from shape to shape by more than all that is counted."""
 LEAST, MOST = 300 << 20, 900 << 20
 MOST_FLOPS = 2.5e11
 """Of one step: seconds on a slow core."""
@@ -90,7 +92,7 @@ def compare(twin: str, shape: Shape, recipe: Recipe) -> None:
     rise = measured(twin, shape, recipe)["rise"]
     told = f"{twin}: {predicted / 2**20:.0f} MiB predicted, {rise / 2**20:.0f} measured: {shape} {recipe}"
     assert predicted >= rise, told
-    assert predicted <= MOST_OVER[twin] * rise, told
+    assert predicted <= (MOST_OVER_ADAPTERS if recipe.update == "lora" else MOST_OVER[twin]) * rise, told
 
 
 LITTLE = settings(
