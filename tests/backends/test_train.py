@@ -43,13 +43,20 @@ def reference(given: Batch) -> tuple[float, Weights]:
     return float(loss.detach()), gradients
 
 
+def state_of(trainer: Trainer) -> TrainerState:
+    """Of a rank alone, which is rank 0."""
+    state = trainer.export_state()
+    assert state is not None
+    return state
+
+
 def gradient(trainer: Trainer) -> Weights:
     """The accumulated gradient, read off an update that is a plain copy of it.
 
     With beta1 = 0 AdamW's first moment after one step is the gradient itself.
     """
     trainer.apply(1e-30, 1.0)
-    moments = trainer.export_state().moments
+    moments = state_of(trainer).moments
     return {name: moments[f"m.{name}"] for name in weights()}
 
 
@@ -145,7 +152,7 @@ def test_updates_equal_torchs_own_adamw_with_decay_on_matrices_only(twin: Twin) 
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 / (step + 1)
         optimizer.step()
-    state = trainer.export_state()
+    state = state_of(trainer)
     assert state.updates == 4
     moved = 0.0
     for name, value in parameters.items():
@@ -166,19 +173,19 @@ def test_resuming_at_any_step_is_bitwise_the_uninterrupted_run(twin: Twin, dtype
     assert [metric.step for metric in listener.metrics] == [6, 7]
     assert outcome.steps == 7
     assert resumed.fingerprint() == whole.fingerprint()
-    for name, value in whole.export_state().moments.items():
-        assert value.tobytes() == resumed.export_state().moments[name].tobytes(), name
+    for name, value in state_of(whole).moments.items():
+        assert value.tobytes() == state_of(resumed).moments[name].tobytes(), name
 
 
 @pytest.mark.parametrize("twin", TWINS)
 def test_small_updates_survive_in_the_master_weights(twin: Twin) -> None:
     """In bfloat16 alone a norm gain of 1.0 cannot move by 1e-5 a step; the float32 master does."""
     trainer = open_trainer(twin, recipe(compute_dtype="bfloat16"))
-    before = trainer.export_state().weights["model.norm.weight"].copy()
+    before = state_of(trainer).weights["model.norm.weight"].copy()
     for _ in range(10):
         trainer.accumulate(batch(), 1e-2)
         trainer.apply(1e-5, 1.0)
-    moved = np.abs(trainer.export_state().weights["model.norm.weight"] - before)
+    moved = np.abs(state_of(trainer).weights["model.norm.weight"] - before)
     assert 2e-5 < float(np.median(moved)) < 2e-4
 
 
@@ -212,7 +219,7 @@ def test_the_fingerprint_sees_one_changed_bit(twin: Twin) -> None:
 @pytest.mark.parametrize("twin", TWINS)
 def test_a_random_generator_comes_back_where_it_was(twin: Twin) -> None:
     trainer = open_trainer(twin, recipe())
-    state = trainer.export_state()
+    state = state_of(trainer)
     before = _draw(twin)
     trainer.import_state(state)
     assert _draw(twin) == before
