@@ -180,8 +180,8 @@ class SpikeGuardSpec(Spec, frozen=True, kw_only=True):
     """What happens when a step's loss is not finite or far above what it was."""
 
     spike_factor: Annotated[float, Meta(ge=0.0)] = 3.0
-    """A loss above the running median of the last `window` steps by so many times its distance to zero
-    counts as a spike: loss > median * spike_factor. 0: only a loss or gradient that is not finite counts."""
+    """A loss of more than so many times the median of the last `window` steps counts as a spike, if it lies at
+    least half a nat above it, too. 0: only a loss or gradient that is not finite counts."""
     window: Annotated[int, Meta(ge=4)] = 32
     """Steps that the median is taken over; there is no spike before so many are done."""
     rollbacks: CountOrZero = 2
@@ -243,7 +243,7 @@ class Recipe(Spec, frozen=True, kw_only=True):
     early_stop: EarlyStopSpec = EarlyStopSpec()
     """Held-out loss during training."""
     checkpoint_every_steps: Count = 10
-    """A killed run loses at most this many steps."""
+    """A killed run loses less than twice this many steps: checkpoints are written beside the training."""
     keep_checkpoints: Count = 2
     """How many of a run's checkpoints stay on disk."""
     keep_every_steps: CountOrZero = 0
