@@ -288,7 +288,7 @@ def test_a_recipe_changed_under_a_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "twin",
     [
-        # Bit for bit when it runs alone; beside other tests the two runs have ended in two different models. Not understood.
+        # Bit for bit alone; beside other tests the two runs have ended in two different models. Not understood.
         pytest.param("torch", marks=pytest.mark.xfail(reason="differs under load, cause not found", strict=False)),
         "mlx",
     ],
