@@ -188,7 +188,7 @@ class _Allocator(msgspec.Struct, frozen=True, kw_only=True):
 
 _ALLOCATORS: Final[Mapping[tuple[Twin, DeviceKind], _Allocator]] = {
     ("torch", "cpu"): _Allocator(
-        base=40 * MIB,
+        base=15 * MIB,
         kept=1.79,
         again=4.84,
         layer=1.2,

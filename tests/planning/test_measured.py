@@ -91,7 +91,8 @@ def compare(twin: str, shape: Shape, recipe: Recipe) -> None:
     predicted = rank_memory(shape, recipe, twin=twin).training  # type: ignore[arg-type]
     rise = measured(twin, shape, recipe)["rise"]
     told = f"{twin}: {predicted / 2**20:.0f} MiB predicted, {rise / 2**20:.0f} measured: {shape} {recipe}"
-    assert predicted >= rise, told
+    # The same training measured twice differs by up to a fiftieth.
+    assert predicted >= 0.98 * rise, told
     assert predicted <= (MOST_OVER_ADAPTERS if recipe.update == "lora" else MOST_OVER[twin]) * rise, told
 
 
